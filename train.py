@@ -1,0 +1,1582 @@
+#!/usr/bin/env python3
+"""SCoRe: a language model learns to correct its own answers by reinforcement learning, on one GPU, in one file.
+
+Kumar et al., "Training Language Models to Self-Correct via Reinforcement Learning", ICLR 2025 (arXiv 2409.12917).
+
+A problem x1 is answered (attempt 1, y1); the model is told that there may be an error, not whether there is one
+(x2 = x1 + y1 + instruction), and answers again (attempt 2, y2). Both attempts are sampled from the policy being
+trained, one gradient step a batch. r is the reward of an answer, pi_ref the model before any training.
+
+    Stage I     max  E[ r(y2)                                         ]  - beta2 KL1 - beta1 KL2
+    Stage II    max  E[ r(y1)  +  r(y2) + alpha * (r(y2) - r(y1))     ]  - beta1 KL1 - beta1 KL2
+
+KLi is KL(pi(.|xi) || pi_ref(.|xi)). Stage I holds attempt 1 where it was (a strict beta2) while attempt 2 learns to
+improve on it; without it the policy learns to answer once and to copy. Stage II trains both, and pays attempt 2 for
+progress. Each attempt is credited with its own reward only.
+
+How it differs from a plain implementation, and why:
+- The reference is the same LoRA model with its adapter switched off: no second copy of the weights.
+- The loss is a sum over attempts and samples, so each micro-batch goes forward and backward alone: memory depends on
+  the micro-batch, not on the batch, and no two graphs are alive at once.
+- Token log-probs are computed from hidden states in chunks: no [B, T, V] tensor exists.
+- All randomness of a step comes from (seed, stage, step), so a resumed run repeats an uninterrupted one exactly.
+
+    python train.py --config configs/tiny.yaml                 # two stages on a laptop's CPU, in minutes
+    python train.py --config configs/gsm8k.yaml [--smoke 8]    # one GPU, with Unsloth
+    python train.py --config configs/gsm8k.yaml --start-stage 2 --resume-adapter outputs/score-gsm8k/stage1
+
+The file reads from top to bottom: config, model, data, decoder, rollout, objective, evaluation, run folder, stages,
+command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import difflib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from reward_function import ANSWER_EXTRACTORS, REWARD_FNS, RewardError, is_correct, score
+
+
+class UserError(Exception):
+    """Something the user gave is wrong: one line that names it and the mend, exit code 2."""
+
+
+class RunError(Exception):
+    """The run cannot go on: one line that says why, exit code 1."""
+
+
+def say(message: str) -> None:
+    """Prints one line without tearing a progress bar."""
+    bar = sys.modules.get("tqdm")
+    (bar.tqdm.write if bar else print)(message, file=sys.stdout)
+    sys.stdout.flush()
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+
+def read_number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-5 (no dot) as text; a number written so is still a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    return value
+
+
+Real = Annotated[float, BeforeValidator(read_number), Field(allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class LoraConfig(Section):
+    r: int = Field(16, ge=1)
+    alpha: Real = Field(16, gt=0)
+    dropout: Real = Field(0.0, ge=0, lt=1)
+    target_modules: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
+    )
+
+
+class ModelConfig(Section):
+    name: str = Field(min_length=1)
+    max_seq_length: int = Field(2048, ge=8)
+    load_in_4bit: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] = {}
+    fast_inference: Literal[False] = False  # vLLM rollouts are not supported: `decoder` is the fast path
+    gradient_checkpointing: bool | Literal["unsloth"] = True
+    decoder: Literal["auto", "graph", "generate"] = "auto"
+    trust_remote_code: bool = False
+    lora: LoraConfig = LoraConfig()
+
+
+class DatasetConfig(Section):
+    name: str = Field(min_length=1)
+    config_name: str | None = None
+    revision: str | None = None
+    split: str | None = None
+    input_field: str = Field(min_length=1)
+    target_field: str = Field(min_length=1)
+    test_split_size: int | None = Field(None, ge=1)
+
+
+class PromptsConfig(Section):
+    system: str = ""
+    self_correction: str = Field(
+        "There might be an error in the solution above because of lack of understanding of the question. Please "
+        "correct the error, if any, and rewrite the solution.",
+        min_length=1,
+    )
+
+
+class RewardConfig(Section):
+    fn: str = "format_and_match"
+    answer_extractor: str = "identity"
+
+    @field_validator("fn", "answer_extractor")
+    @classmethod
+    def is_registered(cls, name: str, field: Any) -> str:
+        known = REWARD_FNS if field.field_name == "fn" else ANSWER_EXTRACTORS
+        if name not in known:
+            raise ValueError(f"is not registered; registered are {', '.join(sorted(known))}{did_you_mean(name, known)}")
+        return name
+
+
+class TrainConfig(Section):
+    stage1_batch_size: int = Field(64, ge=1)
+    stage2_batch_size: int = Field(64, ge=1)
+    micro_batch_size: int = Field(8, ge=1)
+    stage1_epochs: Real = Field(1, ge=0)
+    stage2_epochs: Real = Field(1, ge=0)
+    learning_rate: Real = Field(1e-5, gt=0)
+    max_grad_norm: Real = Field(1.0, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    alpha: Real = Field(10.0, ge=0)
+    beta1: Real = Field(0.01, ge=0)
+    beta2: Real = Field(0.1, ge=0)
+    baseline: Literal["leave_one_out", "batch", "none"] = "leave_one_out"
+    num_generations: int = Field(1, ge=1)
+    length_norm: Literal["sequence", "constant"] = "sequence"
+    generation_temperature: Real = Field(1.0, gt=0)
+    max_new_tokens_attempt1: int = Field(512, ge=1)
+    max_new_tokens_attempt2: int = Field(512, ge=1)
+    max_prompt_length_attempt1: int = Field(512, ge=1)
+    max_prompt_length_attempt2: int = Field(1536, ge=1)
+    seed: int = Field(42, ge=0)
+    checkpoint_every: int | None = Field(None, ge=1)
+    max_skipped_steps: int = Field(10, ge=1)
+
+
+class EvalConfig(Section):
+    batch_size: int = Field(64, ge=1)
+    max_examples: int | None = Field(None, ge=1)
+    generation_temperature: Real = Field(0.0, ge=0)
+
+
+class OutputConfig(Section):
+    dir: str = Field("outputs", min_length=1)
+    keep_checkpoints: int | None = Field(None, ge=1)
+
+
+class Config(Section):
+    run_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    wandb_project: str | None = None
+    model: ModelConfig
+    dataset: DatasetConfig
+    prompts: PromptsConfig = PromptsConfig()
+    reward: RewardConfig = RewardConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    output: OutputConfig = OutputConfig()
+
+
+# A resumed run may change these: they move time, memory and files, not the mathematics.
+HARMLESS_KEYS = ("wandb_project", "eval.", "output.", "model.decoder", "model.gradient_checkpointing",
+                 "train.micro_batch_size", "train.checkpoint_every", "train.max_skipped_steps")
+
+
+def did_you_mean(word: str, words: Any) -> str:
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema, for suggestions."""
+    keys = []
+    for name, info in section.model_fields.items():
+        nested = isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+        keys += known_keys(info.annotation, f"{prefix}{name}.") if nested else [prefix + name]
+    return keys
+
+
+def fault_lines(error: ValidationError) -> list[str]:
+    """One line a fault: the key, the bad value, what would be right."""
+    lines = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"] if part not in ("bool", "literal['unsloth']"))
+        value = f" (got {fault['input']!r})" if not isinstance(fault["input"], dict) else ""
+        if fault["type"] == "extra_forbidden":
+            name = str(fault["loc"][-1])
+            home = [other for other in known_keys() if other.split(".")[-1] == name]
+            siblings = [other for other in known_keys() if other.rpartition(".")[0] == key.rpartition(".")[0]]
+            mend = f"; it belongs to {home[0]}" if home else did_you_mean(key, siblings or known_keys())
+            lines.append(f"{key}: unknown key{mend}")
+        elif fault["type"] == "missing":
+            lines.append(f"{key}: required, and not given")
+        else:
+            message = fault["msg"].removeprefix("Value error, ")
+            close = did_you_mean(str(fault["input"]), (fault.get("ctx") or {}).get("expected", "").split("'")[1::2])
+            lines.append(f"{key}: {message[0].lower() + message[1:]}{value}{close}")
+    return list(dict.fromkeys(lines))
+
+
+def budget_faults(config: Config) -> list[str]:
+    """Faults between keys: token budgets that cannot hold, a baseline without company, a split without its test."""
+    train, faults = config.train, []
+    attempt2 = train.max_prompt_length_attempt1 + train.max_new_tokens_attempt1 + 1
+    if train.max_prompt_length_attempt2 < attempt2:
+        faults.append(
+            f"train.max_prompt_length_attempt2: {train.max_prompt_length_attempt2} cannot hold attempt 1's prompt and "
+            f"completion and the instruction (max_prompt_length_attempt1 {train.max_prompt_length_attempt1} + "
+            f"max_new_tokens_attempt1 {train.max_new_tokens_attempt1} + the instruction); raise it above {attempt2}"
+        )
+    longest = train.max_prompt_length_attempt2 + train.max_new_tokens_attempt2
+    if config.model.max_seq_length < longest:
+        faults.append(
+            f"model.max_seq_length: {config.model.max_seq_length} cannot hold max_prompt_length_attempt2 "
+            f"{train.max_prompt_length_attempt2} + max_new_tokens_attempt2 {train.max_new_tokens_attempt2}; "
+            f"set it to {longest} or more"
+        )
+    for stage in (1, 2):
+        prompts = getattr(train, f"stage{stage}_batch_size")
+        if train.baseline != "none" and train.num_generations * prompts == 1:
+            faults.append(
+                f"train.stage{stage}_batch_size: baseline {train.baseline} needs at least 2 rollouts a step; "
+                "raise the batch or num_generations, or set train.baseline to none"
+            )
+    if config.dataset.split and config.dataset.test_split_size is None:
+        faults.append("dataset.test_split_size: required with dataset.split: how many of its rows to hold out for test")
+    return faults
+
+
+def check_config(raw: dict[str, Any]) -> Config:
+    """Validates a whole config.
+
+    Raises UserError that lists every fault at once, one a line: also those between keys, which are looked for with
+    the faulty keys put back to their defaults."""
+    lines, patched = [], copy.deepcopy(raw)
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        lines = fault_lines(error)
+        for fault in error.errors():
+            set_key(patched, [str(part) for part in fault["loc"]], "missing" if fault["type"] == "missing" else None)
+        try:
+            config = Config.model_validate(patched)
+        except ValidationError:
+            config = None
+    lines += budget_faults(config) if config else []
+    if lines:
+        raise UserError("\n".join(lines))
+    return config
+
+
+def set_key(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    """tree[a][b][...] = value, making mappings on the way; None removes the key."""
+    for part in path[:-1]:
+        if not isinstance(tree.get(part), dict):
+            if value is None and part in tree:
+                tree.pop(part)  # the fault lies inside a scalar or a list: drop the whole of it
+                return
+            tree[part] = {}
+        tree = tree[part]
+    if value is None:
+        tree.pop(path[-1], None)
+    else:
+        tree[path[-1]] = value
+
+
+def read_config(path: str, overrides: list[str] = ()) -> Config:
+    """Reads a YAML file, applies `key.sub=value` overrides and validates the result. Raises UserError."""
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"--config {path}: must be a mapping of keys to values, and is {type(raw).__name__}")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise UserError(f"--set {override}: must read key.sub=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {override}: the value is not valid YAML") from None
+        *parents, name = key.split(".")
+        node = raw
+        for part in parents:
+            node = node.setdefault(part, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict):
+            raise UserError(f"--set {override}: {'.'.join(parents)} is not a section")
+        node[name] = value
+    return check_config(raw)
+
+
+def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
+    """Reads flags and config. Raises UserError; argparse itself exits with 2 on a bad flag."""
+    parser = argparse.ArgumentParser(description="SCoRe: two-stage RL for self-correction on one GPU.")
+    parser.add_argument("--config", required=True, help="YAML file; configs/tiny.yaml explains every key")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override a key")
+    parser.add_argument("--smoke", type=int, metavar="N", help="train on N examples, evaluate at most N: a quick check")
+    parser.add_argument("--start-stage", type=int, choices=(1, 2), default=1, help="2 skips Stage I")
+    parser.add_argument("--resume-adapter", metavar="DIR", help="adapter to start from (needed by --start-stage 2)")
+    parser.add_argument("--resume", action="store_true", help="continue this run from its newest complete checkpoint")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate the base model, or --resume-adapter")
+    parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run of this name left")
+    args = parser.parse_args(argv)
+    config = read_config(args.config, args.set)
+    if args.start_stage == 2 and not (args.resume_adapter or args.resume):
+        raise UserError("--start-stage 2: needs --resume-adapter DIR, the Stage I adapter to start from")
+    if args.resume_adapter and not (args.start_stage == 2 or args.eval_only):
+        raise UserError("--resume-adapter: goes with --start-stage 2 or --eval-only; --resume continues a run")
+    if args.smoke is not None:
+        if args.smoke < 2:
+            raise UserError(f"--smoke {args.smoke}: needs at least 2 examples")
+        config = shrink_for_smoke(config, args.smoke)
+    if args.resume_adapter:
+        check_adapter(Path(args.resume_adapter), config)
+    return args, config
+
+
+def shrink_for_smoke(config: Config, examples: int) -> Config:
+    """Two optimizer steps a stage on a handful of examples, with a mid-stage checkpoint: every code path, quickly."""
+    config = config.model_copy(deep=True)
+    config.run_name += "-smoke"
+    batch = max(2, examples // 2)
+    for stage in (1, 2):
+        setattr(config.train, f"stage{stage}_batch_size", min(batch, getattr(config.train, f"stage{stage}_batch_size")))
+        if getattr(config.train, f"stage{stage}_epochs") > 0:
+            setattr(config.train, f"stage{stage}_epochs", 1)
+    config.train.checkpoint_every = 1
+    config.eval.max_examples = min(examples, config.eval.max_examples or examples)
+    return config
+
+
+def check_adapter(folder: Path, config: Config) -> None:
+    """Refuses, before any model is loaded, an adapter that does not fit the config. Raises UserError."""
+    try:
+        saved = json.loads((folder / "adapter_config.json").read_text())
+    except OSError:
+        raise UserError(f"--resume-adapter {folder}: no adapter_config.json there; give a folder such as "
+                        "outputs/NAME/stage1") from None
+    except ValueError:
+        raise UserError(f"--resume-adapter {folder}: adapter_config.json is not valid JSON") from None
+    base, wanted = str(saved.get("base_model_name_or_path")), config.model.name
+    same = base == wanted or (Path(base).exists() and Path(wanted).exists() and Path(base).samefile(wanted))
+    lora = config.model.lora
+    modules = saved.get("target_modules")
+    for key, theirs, ours, fits in (
+        ("model.name", base, wanted, same),
+        ("model.lora.r", saved.get("r"), lora.r, saved.get("r") == lora.r),
+        ("model.lora.alpha", saved.get("lora_alpha"), lora.alpha, saved.get("lora_alpha") == lora.alpha),
+        ("model.lora.target_modules", modules, lora.target_modules,
+         isinstance(modules, list) and set(modules) == set(lora.target_modules)),
+    ):
+        if not fits:
+            raise UserError(f"--resume-adapter {folder}: trained with {key} {theirs}, the config says {ours}")
+
+
+if __name__ == "__main__":  # a fault in the config costs a second, not the minute that the imports below may take
+    try:
+        ARGS, CONFIG = parse_command_line()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+
+import numpy as np
+import torch
+
+# Unsloth runs on these accelerators, and wants to be imported before transformers and peft. Elsewhere the same code
+# runs on transformers + PEFT: load_policy decides, nothing after it asks.
+DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+DEVICE = torch.device("cpu") if DEVICE is None or DEVICE.type not in ("cuda", "xpu") else DEVICE
+if DEVICE.type != "cpu":
+    import unsloth  # noqa: F401
+
+import datasets
+import transformers
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+datasets.disable_progress_bars()
+
+# ------------------------------------------------------------------------------------------------------------ model
+
+
+@dataclass
+class Policy:
+    """The model being trained and what goes with it. Its reference is itself inside `reference(policy)`."""
+
+    model: Any  # a PEFT model, always in training mode outside `generating(policy)`
+    tokenizer: Any
+    eos_token_ids: list[int]
+    pad_token_id: int
+    think_prefix: str  # "<think>" where the chat template itself opens the tag, so that rewards see the pair
+    bridge: list[int]  # what the chat template puts between attempt 1 and attempt 2: turn ends, instruction
+    for_generation: Callable[[], Any]
+    for_training: Callable[[], Any]
+    decoder: Decoder | None = None
+    micro_tokens: int = 0  # the update's tokens per micro-batch, pads included; an out-of-memory halves it
+
+    @property
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def reference(policy: Policy) -> Any:
+    """Context in which the policy is the reference pi_ref: the same weights, the adapter switched off."""
+    return policy.model.disable_adapter()
+
+
+@contextmanager
+def generating(policy: Policy) -> Iterator[None]:
+    """Context for model.generate: inference mode on, and back to training mode however it ends."""
+    policy.for_generation()
+    try:
+        with torch.no_grad(), autocast(policy):
+            yield
+    finally:
+        policy.for_training()
+
+
+def autocast(policy: Policy) -> Any:
+    """bf16 arithmetic on the accelerator (LoRA weights are kept in float32), plain float32 on the CPU."""
+    dtype = policy.model.get_input_embeddings().weight.dtype
+    mixed = DEVICE.type != "cpu" and dtype != torch.float32
+    return torch.autocast(DEVICE.type, dtype=dtype) if mixed else nullcontext()
+
+
+def load_tokenizer(config: Config) -> Any:
+    """The tokenizer, with a chat template and a pad token. Raises UserError."""
+    name = config.model.name
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=config.model.trust_remote_code)
+    except Exception as error:  # a wrong name, no network, or a damaged file: each library has its own class for it
+        raise UserError(f"model.name: no tokenizer at {name}: {first_line(error)}") from None
+    if config.model.chat_template:
+        file = Path(config.model.chat_template)
+        inline = "{" in config.model.chat_template
+        if not inline and not file.is_file():
+            raise UserError(f"model.chat_template: neither a Jinja template nor a file: {config.model.chat_template}")
+        tokenizer.chat_template = config.model.chat_template if inline else file.read_text()
+    if not tokenizer.chat_template:
+        raise UserError(f"model.name: {name} has no chat template; set model.chat_template to one or pick a chat model")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use_unsloth: bool | None = None) -> Policy:
+    """Loads base model and LoRA adapter: with Unsloth where it runs, else with transformers + PEFT.
+
+    Both paths give the same model: bf16 (float32 on the CPU), the same LoRA settings, float32 LoRA weights. `adapter`
+    holds LoRA weights to start from. Raises UserError for a model or an adapter that does not fit."""
+    use_unsloth = DEVICE.type != "cpu" if use_unsloth is None else use_unsloth
+    name, lora, seed = config.model.name, config.model.lora, config.train.seed
+    dtype = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
+    torch.manual_seed(seed)  # LoRA's A matrices
+    shared = dict(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias="none",
+                  target_modules=lora.target_modules)
+    try:
+        if use_unsloth:
+            from unsloth import FastLanguageModel
+
+            model, _ = FastLanguageModel.from_pretrained(
+                name, max_seq_length=config.model.max_seq_length, dtype=dtype, load_in_4bit=config.model.load_in_4bit,
+                trust_remote_code=config.model.trust_remote_code, use_exact_model_name=True,
+            )
+            checkpointing = config.model.gradient_checkpointing
+            model = FastLanguageModel.get_peft_model(
+                model, **shared, use_gradient_checkpointing=checkpointing, random_state=seed
+            )
+            for_generation = lambda: FastLanguageModel.for_inference(model)  # noqa: E731
+            for_training = lambda: FastLanguageModel.for_training(model, use_gradient_checkpointing=checkpointing)  # noqa: E731
+        else:
+            quantization = transformers.BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            )
+            if config.model.load_in_4bit and DEVICE.type == "cpu":
+                raise UserError("model.load_in_4bit: needs a GPU; set it to false on a CPU")
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, trust_remote_code=config.model.trust_remote_code,
+                quantization_config=quantization if config.model.load_in_4bit else None,
+            ).to(DEVICE)
+            if config.model.gradient_checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+                model.enable_input_require_grads()
+            model = get_peft_model(model, PeftLoraConfig(**shared, task_type="CAUSAL_LM"))
+            for_generation, for_training = model.eval, model.train
+    except torch.OutOfMemoryError:
+        raise UserError(f"model.name: {name} does not fit in GPU memory; set model.load_in_4bit: true") from None
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"model.name: {name} cannot be loaded: {first_line(error)}") from None
+    # A model's own generation_config (top_k, top_p, repetition penalty) would sample from another policy than the one
+    # whose log-probs are trained: keep its token ids and nothing else.
+    eos = eos_ids(model, tokenizer)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
+    model.peft_config["default"].base_model_name_or_path = name
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if adapter:
+        load_adapter(model, adapter)
+    for_training()
+    bridge, think_prefix = attempt2_bridge(tokenizer, config)
+    longest = config.train.max_prompt_length_attempt2 + config.train.max_new_tokens_attempt2
+    policy = Policy(model, tokenizer, eos, tokenizer.pad_token_id, think_prefix, bridge, for_generation, for_training,
+                    micro_tokens=config.train.micro_batch_size * longest)
+    check_log_prob_route(policy)
+    reason = "model.decoder is generate" if config.model.decoder == "generate" else why_not_decodable(model)
+    if reason and config.model.decoder == "graph":
+        raise UserError(f"model.decoder: graph cannot serve {name}: {reason}; use auto or generate")
+    if reason:
+        say(f"Rollouts use model.generate: {reason}.")
+    else:
+        policy.decoder = Decoder(model, eos, tokenizer.pad_token_id)
+    return policy
+
+
+def eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: those of the generation config, of the model config and of the tokenizer."""
+    named = (getattr(model.generation_config, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id)
+    ids = [i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
+    if not ids:
+        raise UserError("model.name: neither the model nor its tokenizer names an EOS token")
+    return list(dict.fromkeys(ids))
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    """Copies saved LoRA weights into `model`. Raises UserError when names or shapes differ, or the file is damaged."""
+    file = folder / "adapter_model.safetensors"
+    try:
+        saved = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--resume-adapter {file}: cannot be read: {first_line(error)}") from None
+    ours = get_peft_model_state_dict(model, save_embedding_layers=False)
+    shapes = lambda weights: {name: tuple(tensor.shape) for name, tensor in weights.items()}  # noqa: E731
+    if shapes(saved) != shapes(ours):
+        odd = sorted(set(shapes(saved).items()) ^ set(shapes(ours).items()))[0]
+        raise UserError(f"--resume-adapter {folder}: is of another base model: {odd[0]} {odd[1]} does not match")
+    set_peft_model_state_dict(model, saved)
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0].strip()[:300]
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class Example:
+    """One problem: its text, its reference answer, and the token ids of the attempt-1 prompt."""
+
+    question: str
+    target: str
+    prompt: list[int]
+
+
+def load_examples(config: Config, tokenizer: Any) -> tuple[list[Example], list[Example]]:
+    """Train and test examples. A test row is never trained on. Raises UserError."""
+    wanted = config.dataset
+    splits = load_splits(wanted)
+    if wanted.split:
+        if wanted.split not in splits:
+            raise UserError(f"dataset.split: {wanted.name} has no split {wanted.split!r}; it has {', '.join(splits)}")
+        if len(splits[wanted.split]) <= wanted.test_split_size:
+            raise UserError(f"dataset.test_split_size: {wanted.test_split_size} leaves nothing to train on: "
+                            f"{wanted.split} has {len(splits[wanted.split])} rows")
+        parts = splits[wanted.split].train_test_split(test_size=wanted.test_split_size, seed=config.train.seed)
+        train, test = parts["train"], parts["test"]
+    else:
+        for split in ("train", "test"):
+            if split not in splits:
+                raise UserError(f"dataset.name: {wanted.name} has no {split} split; it has {', '.join(splits)}. "
+                                "Set dataset.split to one of them and dataset.test_split_size to hold rows out")
+        train, test = splits["train"], splits["test"]
+        test = test.select(range(min(wanted.test_split_size or len(test), len(test))))
+    train, test = read_rows(train, "train", config), read_rows(test, "test", config)
+    seen = {question for question, _ in test}
+    kept = [row for row in train if row[0] not in seen]
+    if len(kept) < len(train):
+        say(f"Warning: {len(train) - len(kept)} train rows are also test rows; they are not trained on.")
+    return tuple(encode_rows(rows, split, config, tokenizer) for rows, split in ((kept, "train"), (test, "test")))
+
+
+def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
+    """The dataset's splits by name, from a file, a folder (of files, or one written by save_to_disk) or the hub."""
+    path = Path(wanted.name)
+    readers = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+    try:
+        if path.is_dir() and any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+            loaded = datasets.load_from_disk(str(path))
+        elif path.is_file() and path.suffix in readers:
+            loaded = datasets.load_dataset(readers[path.suffix], data_files={"train": str(path)})
+        elif path.is_dir():
+            loaded = {}
+            for suffix, reader in readers.items():
+                for file in sorted(path.glob(f"*{suffix}")):
+                    split = file.stem.split("-")[0]  # the hub's parquet files are called train-00000-of-00001
+                    if suffix != ".json" or split in ("train", "test", wanted.split):
+                        loaded.setdefault(split, (reader, []))[1].append(str(file))
+            loaded = {split: datasets.load_dataset(reader, data_files=files, split="train")
+                      for split, (reader, files) in loaded.items()}
+            if not loaded:
+                raise UserError(f"dataset.name: {path} holds no train/test .jsonl, .parquet, .csv files")
+        else:
+            loaded = datasets.load_dataset(wanted.name, wanted.config_name, revision=wanted.revision)
+    except UserError:
+        raise
+    except Exception as error:  # one class a library, a network and a file format
+        cause = error.__cause__ or error
+        raise UserError(f"dataset.name: cannot load {wanted.name}: {first_line(cause)}") from None
+    return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+
+
+def read_rows(rows: Any, split: str, config: Config) -> list[tuple[str, str]]:
+    """(question, target) of each row. Raises UserError that names the column or the row."""
+    wanted, extract = config.dataset, ANSWER_EXTRACTORS[config.reward.answer_extractor]
+    for key in ("input_field", "target_field"):
+        column = getattr(wanted, key)
+        if column not in rows.column_names:
+            raise UserError(f"dataset.{key}: no column {column!r} in {wanted.name} ({split}); it has "
+                            f"{', '.join(rows.column_names)}{did_you_mean(column, rows.column_names)}")
+    pairs = []
+    for number, (question, target) in enumerate(zip(rows[wanted.input_field], rows[wanted.target_field], strict=True)):
+        row = f"row {number} of {split} in {wanted.name}"
+        if isinstance(target, (int, float)) and not isinstance(target, bool):
+            target = str(target)
+        for key, text in (("input_field", question), ("target_field", target)):
+            if not isinstance(text, str):
+                raise UserError(f"dataset.{key}: {row} is {type(text).__name__}, not text")
+            if not text.strip():
+                raise UserError(f"dataset.{key}: {row} is empty")
+        if not extract(target):
+            raise UserError(f"dataset.target_field: {row}: {config.reward.answer_extractor} finds no answer in "
+                            f"{target[-60:]!r}; mend the row or choose another reward.answer_extractor")
+        pairs.append((question, target))
+    if not pairs:
+        raise UserError(f"dataset.name: {wanted.name} has no {split} rows")
+    return pairs
+
+
+def encode_rows(rows: list[tuple[str, str]], split: str, config: Config, tokenizer: Any) -> list[Example]:
+    """Builds the attempt-1 prompts; a prompt over budget is dropped with a count, never cut."""
+    limit = config.train.max_prompt_length_attempt1
+    texts = [chat_text(tokenizer, config, [{"role": "user", "content": question}]) for question, _ in rows]
+    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    examples = [Example(*row, prompt) for row, prompt in zip(rows, prompts, strict=True) if len(prompt) <= limit]
+    if not examples:
+        raise UserError(f"train.max_prompt_length_attempt1: all {len(rows)} {split} prompts are longer than {limit} "
+                        f"tokens; the shortest has {min(map(len, prompts))}")
+    if len(examples) < len(rows):
+        say(f"Warning: {len(rows) - len(examples)} of {len(rows)} {split} prompts are over "
+            f"train.max_prompt_length_attempt1 = {limit} tokens and are left out (longest: {max(map(len, prompts))}).")
+    return examples
+
+
+def chat_text(tokenizer: Any, config: Config, turns: list[dict[str, str]]) -> str:
+    """The chat template's text of system prompt + `turns`, open for the assistant to write. Raises UserError."""
+    system = [{"role": "system", "content": config.prompts.system}] if config.prompts.system else []
+    try:
+        return tokenizer.apply_chat_template(
+            system + turns, tokenize=False, add_generation_prompt=True, **config.model.chat_template_kwargs
+        )
+    except Exception as error:  # templates raise what they like
+        key = "prompts.system" if system and "system" in str(error).lower() else "model.chat_template"
+        raise UserError(f"{key}: the chat template of {config.model.name} refuses it: {first_line(error)}") from None
+
+
+def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
+    """The token ids that stand between attempt 1's last token and attempt 2's first, and the think tag if open.
+
+    The attempt-2 prompt is attempt-1 prompt + attempt 1 verbatim + bridge. Rendering the conversation through the
+    template instead would cut the reasoning out of attempt 1 where the template strips <think> from history (Qwen3),
+    and re-tokenise what the policy sampled. So a marker is rendered in its place, and what follows it is the bridge."""
+    marker = "FIRSTATTEMPTSTANDSHERE"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker},
+             {"role": "user", "content": config.prompts.self_correction}]
+    text = chat_text(tokenizer, config, turns)
+    if text.count(marker) != 1:
+        raise UserError("model.chat_template: does not render an earlier assistant turn exactly once")
+    tail = text[text.index(marker) + len(marker) :]
+    if config.prompts.self_correction.strip() not in tail:
+        raise UserError("model.chat_template: does not render the user's second turn (prompts.self_correction)")
+    bridge = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    train = config.train
+    need = train.max_prompt_length_attempt1 + train.max_new_tokens_attempt1 + len(bridge)
+    if need > train.max_prompt_length_attempt2:
+        raise UserError(f"train.max_prompt_length_attempt2: {train.max_prompt_length_attempt2} cannot hold attempt 1's "
+                        f"prompt ({train.max_prompt_length_attempt1}) and completion ({train.max_new_tokens_attempt1}) "
+                        f"and the instruction ({len(bridge)} tokens); set it to {need} or more")
+    return bridge, "<think>" if tail.rstrip().endswith("<think>") else ""
+
+
+def shuffled_batches(count: int, batch_size: int, epochs: float, seed: str) -> list[list[int]]:
+    """Index batches of a whole stage: a seeded shuffle each epoch, leftovers (under a batch) left out of it.
+
+    A function of its arguments alone, so a resumed run finds its place by step number."""
+    per_epoch = count // batch_size
+    batches = []
+    for epoch in range(math.ceil(epochs)):
+        order = list(range(count))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        batches += [order[i * batch_size : (i + 1) * batch_size] for i in range(per_epoch)]
+    return batches[: round(epochs * per_epoch)]
+
+
+# ---------------------------------------------------------------------------------------------------------- decoder
+# DECODER GOES HERE
+
+
+def why_not_decodable(model: Any) -> str | None:
+    return "the decoder is not built yet"
+
+
+class Decoder:
+    pass
+
+
+# ---------------------------------------------------------------------------------------------------------- rollout
+
+
+@dataclass
+class Attempt:
+    """One attempt at each of B rows. Lists, not padded tensors: a completion is its tokens up to and with EOS."""
+
+    prompts: list[list[int]]
+    completions: list[list[int]]
+    texts: list[str]  # what rewards see: the completion decoded, EOS removed, tags kept
+    rewards: list[float]
+    correct: list[bool]
+    truncated: list[bool]  # the budget ended it, not EOS
+    sampled_log_probs: list[list[float]] | None  # by the decoder, under softmax(logits / T)
+    seconds: float
+
+
+def roll_out(policy: Policy, examples: list[Example], config: Config, temperature: float, seed: str) -> list[Attempt]:
+    """Samples both attempts at every example; returns [attempt 1, attempt 2] with their rewards.
+
+    The second prompt holds the first attempt verbatim, reasoning included. Raises RewardError."""
+    train, attempts = config.train, []
+    prompts = [example.prompt for example in examples]
+    for number, budget in ((1, train.max_new_tokens_attempt1), (2, train.max_new_tokens_attempt2)):
+        start = time.perf_counter()
+        completions, log_probs = sample(policy, prompts, budget, temperature, f"{seed}/{number}")
+        answers = [tokens[:-1] if tokens[-1] in policy.eos_token_ids else tokens for tokens in completions]
+        texts = policy.tokenizer.batch_decode(answers, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        texts = [policy.think_prefix + text for text in texts]
+        rewards, correct = grade(texts, [example.target for example in examples], config.reward)
+        truncated = [tokens[-1] not in policy.eos_token_ids for tokens in completions]
+        attempts.append(Attempt(prompts, completions, texts, rewards, correct, truncated, log_probs,
+                                time.perf_counter() - start))
+        prompts = [prompt + answer + policy.bridge for prompt, answer in zip(prompts, answers, strict=True)]
+    return attempts
+
+
+def grade(texts: list[str], targets: list[str], reward: RewardConfig) -> tuple[list[float], list[bool]]:
+    """Rewards by the registered function; correctness by the extracted answers alone."""
+    extract = ANSWER_EXTRACTORS[reward.answer_extractor]
+    rewards = score(reward.fn, texts, targets, extract)
+    return rewards, [is_correct(text, target, extract) for text, target in zip(texts, targets, strict=True)]
+
+
+def sample(
+    policy: Policy, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: str
+) -> tuple[list[list[int]], list[list[float]] | None]:
+    """Completions of `prompts` sampled from softmax(logits / temperature) over the whole vocabulary; 0 is greedy.
+
+    Returns token ids a row, EOS included when reached, and their log-probs where the decoder gives them."""
+    seed_number = random.Random(seed).getrandbits(31)
+    if policy.decoder:
+        return policy.decoder.generate(prompts, max_new_tokens, temperature, seed_number)
+    torch.manual_seed(seed_number)
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), policy.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    sampled = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    with generating(policy):
+        output = policy.model.generate(
+            input_ids=ids.to(DEVICE), attention_mask=mask.to(DEVICE), max_new_tokens=max_new_tokens,
+            eos_token_id=policy.eos_token_ids, pad_token_id=policy.pad_token_id,
+            **(sampled if temperature > 0 else dict(do_sample=False)),
+        )
+    return [until_eos(row, policy.eos_token_ids) for row in output[:, width:].tolist()], None
+
+
+def until_eos(tokens: list[int], eos_token_ids: list[int]) -> list[int]:
+    """The tokens up to and with the first EOS."""
+    return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in eos_token_ids), len(tokens))]
+
+
+# -------------------------------------------------------------------------------------------------------- objective
+
+
+def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Logits in float32 from hidden [N, H] and the output embedding [V, H]: bf16 would round a logit of 20 by 0.06."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return (hidden @ weight.T).float()
+
+
+class LinearLogProb(torch.autograd.Function):
+    """log softmax(h W^T / T)[target] for N tokens, in chunks, never holding [N, V].
+
+    W is frozen, so the gradient with respect to h, (W[target] - softmax W) / T, is known in the forward pass: it is
+    kept ([N, H]) and backward is one multiplication. Two matrix products a token instead of the three of a
+    checkpointed head, no filtering of small probabilities, softmax in float32 on every device."""
+
+    CHUNK_BYTES = 2**28
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float):
+        log_probs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        direction = torch.empty_like(hidden) if hidden.requires_grad else None
+        rows = max(1, LinearLogProb.CHUNK_BYTES // (4 * weight.shape[0]))
+        for start in range(0, len(targets), rows):
+            chunk = slice(start, start + rows)
+            logits = head_logits(hidden[chunk], weight) / temperature  # [rows, V]
+            picked = logits.gather(1, targets[chunk, None])
+            normaliser = logits.logsumexp(1, keepdim=True)
+            log_probs[chunk] = (picked - normaliser)[:, 0]
+            if direction is not None:
+                # onehot - softmax in float32 first: where the target is nearly sure, bf16 would lose the difference
+                toward = logits.sub_(normaliser).exp_().neg_()
+                toward.scatter_add_(1, targets[chunk, None], torch.ones_like(picked))
+                direction[chunk] = (toward.to(weight.dtype) @ weight) / temperature
+        ctx.save_for_backward(direction)
+        return log_probs
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor):
+        (direction,) = ctx.saved_tensors
+        return gradient[:, None].to(direction.dtype) * direction, None, None, None
+
+
+def completion_log_probs(
+    policy: Policy, prompts: list[list[int]], completions: list[list[int]], temperature: float
+) -> torch.Tensor:
+    """log pi(token | all before it) of every completion token under softmax(logits / temperature).
+
+    Returns float32 [N], the rows' tokens one after the other, N = sum of completion lengths; the first token after the
+    prompt and a final EOS are among them, the prompt is not. Rows go in right-padded: causal attention never looks
+    ahead, so no pad is seen and no mask is needed (Unsloth drops masks in training mode: a left-padded row would be
+    silently wrong)."""
+    rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    ids = torch.full((len(rows), max(map(len, rows))), policy.pad_token_id)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row)
+    model = policy.model.get_base_model()
+    with autocast(policy):
+        backbone = getattr(model, model.base_model_prefix)
+        hidden = backbone(input_ids=ids.to(DEVICE), use_cache=False)[0]  # [B, L, H]
+    index = [number * ids.shape[1] + position for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
+             for position in range(len(prompt) - 1, len(row) - 1)]
+    targets = torch.tensor([token for completion in completions for token in completion], device=DEVICE)
+    weight = model.get_output_embeddings().weight
+    hidden = hidden.flatten(0, 1)[torch.tensor(index, device=DEVICE)].to(weight.dtype)  # [N, H]
+    return LinearLogProb.apply(hidden, weight, targets, temperature)
+
+
+def check_log_prob_route(policy: Policy) -> None:
+    """Some architectures scale or cap their logits after the head; those would be trained on wrong log-probs. Refuse.
+
+    Compares the fused route with the model's own logits on one short row. Raises UserError."""
+    row = [i % len(policy.tokenizer) for i in range(5, 17)]
+    with torch.no_grad():
+        fused = completion_log_probs(policy, [row[:1]], [row[1:]], 1.0)
+        with autocast(policy):
+            logits = policy.model(input_ids=torch.tensor([row], device=DEVICE)).logits[0, :-1].float()
+        plain = logits.log_softmax(-1).gather(-1, torch.tensor(row[1:], device=DEVICE)[:, None])[:, 0]
+    if not torch.allclose(fused, plain, atol=1e-3 if DEVICE.type == "cpu" else 0.1):
+        raise UserError(f"model.name: {policy.model.config.model_type} changes its logits after the output head "
+                        "(scaling or soft cap), which this trainer does not do")
+
+
+K3_LINEAR_FROM = 10.0
+
+
+def k3(log_probs: torch.Tensor, reference_log_probs: torch.Tensor) -> torch.Tensor:
+    """Schulman's K3 estimate of KL(pi || pi_ref) a token, from samples of pi: exp(d) - d - 1, d = log pi_ref - log pi.
+
+    >= 0, and 0 where the policies agree. Past d = 10 (a token 22,000 times likelier under the reference) the
+    exponential goes on as its tangent: one such token would otherwise drown, or overflow, the whole step."""
+    d = reference_log_probs - log_probs
+    capped = d.clamp(max=K3_LINEAR_FROM)
+    return capped.exp() * (1 + (d - capped)) - d - 1
+
+
+def stage_terms(stage: int, r1: torch.Tensor, r2: torch.Tensor, train: TrainConfig) -> list[tuple[torch.Tensor, float]]:
+    """What differs between the stages: for each attempt its return R [B] and its KL weight kappa.
+
+    Stage I: attempt 1 earns nothing and is held by beta2. Stage II: attempt 2 earns r2 + alpha (r2 - r1)."""
+    if stage == 1:
+        return [(torch.zeros_like(r1), train.beta2), (r2, train.beta1)]
+    return [(r1, train.beta1), (r2 + train.alpha * (r2 - r1), train.beta1)]
+
+
+def advantages(returns: torch.Tensor, train: TrainConfig) -> torch.Tensor:
+    """Returns [B] minus a baseline that does not depend on the row's own sample (`batch` nearly so), so that the
+    gradient keeps its direction and loses variance. With num_generations > 1 rows of one prompt stand together."""
+    if train.baseline == "none":
+        return returns
+    if train.baseline == "batch":
+        return returns - returns.mean()
+    groups = returns.view(-1, train.num_generations) if train.num_generations > 1 else returns.view(1, -1)
+    others = (groups.sum(1, keepdim=True) - groups) / (groups.shape[1] - 1)
+    return (groups - others).view(-1)
+
+
+def micro_batches(attempt: Attempt, max_tokens: int) -> list[list[int]]:
+    """Row indices, longest first, in groups of at most `max_tokens` tokens with pads (and at least one row)."""
+    lengths = [len(p) + len(c) for p, c in zip(attempt.prompts, attempt.completions, strict=True)]
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def accumulate_gradients(policy: Policy, attempt: Attempt, returns: torch.Tensor, kappa: float, budget: int,
+                         train: TrainConfig) -> dict[str, float]:
+    """Adds one attempt's gradient of
+
+        mean over rows of  [ -A * sum_t log pi_t  +  kappa * sum_t k3_t ] / N
+
+    to the parameters, a micro-batch at a time. A is the advantage, N the row's own length (`sequence`) or the token
+    budget (`constant`, Dr. GRPO). Returns the attempt's share of the loss and its token statistics."""
+    credit = advantages(returns, train).tolist()
+    rows_in_batch, stats = len(attempt.completions), dict(loss=0.0, kl_sum=0.0, kl_max=0.0, drift_sum=0.0, tokens=0)
+    for rows in micro_batches(attempt, policy.micro_tokens):
+        prompts, completions = [attempt.prompts[r] for r in rows], [attempt.completions[r] for r in rows]
+        with torch.no_grad(), reference(policy):
+            reference_log_probs = completion_log_probs(policy, prompts, completions, train.generation_temperature)
+        log_probs = completion_log_probs(policy, prompts, completions, train.generation_temperature)  # [N]
+        lengths = torch.tensor([len(c) for c in completions], device=DEVICE)
+        norm = lengths if train.length_norm == "sequence" else torch.full_like(lengths, budget)
+        per_token = lambda values: torch.repeat_interleave(values, lengths)  # [B] -> [N]  # noqa: E731, B023
+        credits = per_token(torch.tensor([credit[r] for r in rows], device=DEVICE))
+        kl = k3(log_probs, reference_log_probs)
+        loss = ((-credits * log_probs + kappa * kl) / per_token(norm)).sum() / rows_in_batch
+        loss.backward()
+        stats["loss"] += loss.item()
+        stats["kl_sum"] += kl.sum().item()
+        stats["kl_max"] = max(stats["kl_max"], kl.max().item())
+        stats["tokens"] += len(log_probs)
+        if attempt.sampled_log_probs is not None:
+            sampled = torch.tensor([p for r in rows for p in attempt.sampled_log_probs[r]], device=DEVICE)
+            stats["drift_sum"] += (log_probs.detach() - sampled).abs().sum().item()
+    return stats
+
+
+def improve(policy: Policy, optimizer: torch.optim.Optimizer, attempts: list[Attempt], stage: int,
+            config: Config) -> dict[str, Any]:
+    """One REINFORCE step on a rolled-out batch. Returns loss, KL and gradient statistics; "skipped" is True, and the
+    weights are untouched, if loss or gradient is not finite. On-policy, so there is no importance ratio.
+
+    An out-of-memory starts the update over with half the micro-batch: nothing of the step is lost."""
+    train = config.train
+    budgets = (train.max_new_tokens_attempt1, train.max_new_tokens_attempt2)
+    r1, r2 = (torch.tensor(attempt.rewards) for attempt in attempts)
+    terms = stage_terms(stage, r1, r2, train)
+    while True:
+        optimizer.zero_grad(set_to_none=True)
+        try:
+            stats = [accumulate_gradients(policy, attempt, returns, kappa, budget, train)
+                     for attempt, (returns, kappa), budget in zip(attempts, terms, budgets, strict=True)]
+            break
+        except torch.OutOfMemoryError:
+            longest = max(len(p) + len(c) for a in attempts for p, c in zip(a.prompts, a.completions, strict=True))
+            if policy.micro_tokens < longest:
+                raise RunError(f"one row of {longest} tokens does not fit in this card's memory; lower "
+                                   "train.max_new_tokens_attempt2, or set model.gradient_checkpointing or "
+                                   "model.load_in_4bit") from None
+            policy.micro_tokens //= 2
+        torch.cuda.empty_cache()
+        say(f"Out of GPU memory: the update starts over with micro-batches of {policy.micro_tokens} tokens.")
+    norm = torch.nn.utils.clip_grad_norm_(policy.trainable.values(), train.max_grad_norm).item()
+    loss = sum(s["loss"] for s in stats)
+    skipped = not (math.isfinite(loss) and math.isfinite(norm))
+    if not skipped:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    drifted = [s["drift_sum"] / s["tokens"] for s, a in zip(stats, attempts, strict=True) if a.sampled_log_probs]
+    return {
+        "loss": loss, "grad_norm": norm, "skipped": skipped,
+        "kl_attempt1": stats[0]["kl_sum"] / stats[0]["tokens"], "kl_attempt2": stats[1]["kl_sum"] / stats[1]["tokens"],
+        "kl_max": max(s["kl_max"] for s in stats), "logprob_drift": max(drifted) if drifted else None,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(policy: Policy, examples: list[Example], config: Config, checkpoint: str) -> tuple[dict, list[dict]]:
+    """The paper's metrics on `examples`, greedily unless eval.generation_temperature says otherwise.
+
+    Returns the eval event and one sample row an example. "acc" is the share of correct answers, not a mean reward.
+    delta = Acc@t2 - Acc@t1 = i->c - c->i."""
+    size, temperature = config.eval.batch_size, config.eval.generation_temperature
+    start, attempts = time.perf_counter(), []
+    for i in progress(range(0, len(examples), size), f"evaluate {checkpoint}"):
+        stop_if_asked()
+        attempts.append(roll_out(policy, examples[i : i + size], config, temperature, f"{config.train.seed}/eval/{i}"))
+    first, second = (joined(batches) for batches in zip(*attempts, strict=True))
+    n = len(examples)
+    pairs = list(zip(first.correct, second.correct, strict=True))
+    event = {
+        "event": "eval", "checkpoint": checkpoint, "n": n,
+        "acc_attempt1": sum(first.correct) / n, "acc_attempt2": sum(second.correct) / n,
+        "delta": (sum(second.correct) - sum(first.correct)) / n,
+        "delta_i_to_c": sum(b and not a for a, b in pairs) / n, "delta_c_to_i": sum(a and not b for a, b in pairs) / n,
+        "reward_attempt1": sum(first.rewards) / n, "reward_attempt2": sum(second.rewards) / n,
+        "edit_distance_ratio": sum(map(edit_distance_ratio, first.completions, second.completions)) / n,
+        "completion_tokens_attempt1": mean_length(first), "completion_tokens_attempt2": mean_length(second),
+        "truncated_attempt1": sum(first.truncated) / n, "truncated_attempt2": sum(second.truncated) / n,
+        "seconds": time.perf_counter() - start,
+    }
+    return event, sample_rows(examples, [first, second], {"event": "eval", "checkpoint": checkpoint})
+
+
+def joined(batches: Sequence[Attempt]) -> Attempt:
+    """The rows of several batches of one attempt, in order."""
+    columns = {f.name: [getattr(batch, f.name) for batch in batches] for f in fields(Attempt)}
+    seconds, log_probs = sum(columns.pop("seconds")), columns.pop("sampled_log_probs")
+    rows = {name: [row for part in parts for row in part] for name, parts in columns.items()}
+    return Attempt(**rows, sampled_log_probs=None if None in log_probs else sum(log_probs, []), seconds=seconds)
+
+
+def mean_length(attempt: Attempt) -> float:
+    return sum(map(len, attempt.completions)) / len(attempt.completions)
+
+
+def edit_distance_ratio(a: list[int], b: list[int]) -> float:
+    """Levenshtein distance of two token sequences over the longer length: 0 is a copy, 1 shares nothing."""
+    if a == b:
+        return 0.0
+    b_tokens, offsets = np.array(b), np.arange(len(b) + 1)
+    row = offsets.copy()
+    for i, token in enumerate(a, 1):
+        step = np.minimum(row[1:] + 1, row[:-1] + (b_tokens != token))  # deletion, substitution
+        row = np.minimum.accumulate(np.concatenate(([i], step)) - offsets) + offsets  # insertions, all at once
+    return float(row[-1] / max(len(a), len(b)))
+
+
+def sample_rows(examples: list[Example], attempts: list[Attempt], where: dict, most: int | None = None) -> list[dict]:
+    """Rows of samples.jsonl: the question, the target and both attempts with their rewards."""
+    return [
+        where | {"question": example.question, "target": example.target} | {
+            f"{key}_attempt{number}": values[row]
+            for number, attempt in enumerate(attempts, 1)
+            for key, values in (("text", attempt.texts), ("reward", attempt.rewards), ("correct", attempt.correct),
+                                ("truncated", attempt.truncated))
+        }
+        for row, example in enumerate(examples[:most])
+    ]
+
+
+def results_table(evals: list[dict[str, Any]]) -> str:
+    """The evaluations as a markdown table."""
+    columns = {"checkpoint": "checkpoint", "Acc@t1": "acc_attempt1", "Acc@t2": "acc_attempt2", "delta": "delta",
+               "i->c": "delta_i_to_c", "c->i": "delta_c_to_i", "reward 1": "reward_attempt1",
+               "reward 2": "reward_attempt2", "edit distance": "edit_distance_ratio", "n": "n"}
+    cells = [list(columns)] + [[f"{e[k]:.3f}" if isinstance(e[k], float) else str(e[k]) for k in columns.values()]
+                               for e in evals]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+# ------------------------------------------------------------------------------------------------------- run folder
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; everything that is finished has been saved."""
+
+
+SIGNALS_SEEN: list[int] = []
+
+
+def note_signal(number: int, _frame: Any) -> None:
+    """First Ctrl-C or SIGTERM: stop after the step in hand. Second: at once."""
+    SIGNALS_SEEN.append(number)
+    if len(SIGNALS_SEEN) > 1:
+        os._exit(130)
+    say("Stopping after this step, with a checkpoint; once more to stop at once.")
+
+
+def stop_if_asked() -> None:
+    if SIGNALS_SEEN:
+        raise Interrupted
+
+
+def progress(items: Any, title: str, **kwargs: Any) -> tqdm:
+    """A progress bar on a terminal; nothing in a log file, where the summary lines say enough."""
+    return tqdm(items, desc=title, leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True, **kwargs)
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """The file holds the old text or the new, never half of one."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, file)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The complete lines of a jsonl file; a last line that a kill cut short is left out."""
+    events = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            break
+    return events
+
+
+def append_lines(file: Path, rows: list[dict[str, Any]]) -> None:
+    with file.open("a", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+@dataclass
+class Run:
+    """The run folder and W&B: what is written down while the stages go by."""
+
+    folder: Path
+    config: Config
+    command: str
+    wandb: Any = None
+    seconds_before: float = 0.0
+    started: float = field(default_factory=time.time)
+
+    def log(self, event: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+        append_lines(self.folder / "metrics.jsonl", [event])
+        append_lines(self.folder / "samples.jsonl", samples)
+        if self.wandb:
+            prefix = f"stage{event['stage']}" if event["event"] == "train" else "eval"
+            numbers = {f"{prefix}/{key}": value for key, value in event.items() if isinstance(value, (int, float))}
+            self.wandb.log(numbers | {"global_step": event["global_step"]})
+        if event["event"] == "eval":
+            self.write_results()
+            say(results_table([event]).splitlines()[-1])
+
+    def write_results(self) -> None:
+        evals = [e for e in read_lines(self.folder / "metrics.jsonl") if e["event"] == "eval"]
+        packages = ("torch", "transformers", "peft", "unsloth", "datasets")
+        results = {
+            "run_name": self.config.run_name, "evals": evals,
+            "versions": {"python": sys.version.split()[0]} | {p: installed_version(p) for p in packages},
+            "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type,
+            "seconds_total": self.seconds_before + time.time() - self.started, "git_commit": git_commit(),
+            "command": self.command,
+        }
+        write_atomically(self.folder / "results.json", json.dumps(results, indent=1))
+        write_atomically(self.folder / "results.md", results_table(evals) + "\n")
+        draw_curves(self.folder)
+
+
+def installed_version(package: str) -> str | None:
+    return importlib.metadata.version(package) if importlib.util.find_spec(package) else None
+
+
+def git_commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    done = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def open_run(args: argparse.Namespace, config: Config) -> tuple[Run, Path | None]:
+    """Makes or reopens the run folder; returns it and the checkpoint to resume from. Raises UserError.
+
+    An earlier run in the folder is never overwritten unasked: a fresh start over it is refused. A smoke run replaces
+    the last one; Stage II from an adapter adds to the folder that may hold Stage I."""
+    folder = Path(config.output.dir) / config.run_name
+    adapter = Path(args.resume_adapter) if args.resume_adapter else None
+    command = "python " + " ".join(sys.argv)
+    taken = sorted(p.name for p in folder.glob("*") if p.name in ("metrics.jsonl", "stage1", "stage2"))
+    adding = args.eval_only or args.resume
+    if args.start_stage == 2 and not adding:
+        stage2_events = any(e.get("stage") == 2 for e in read_lines(folder / "metrics.jsonl"))
+        taken = ["stage2"] if stage2_events or (folder / "stage2").exists() else []
+    if taken and not adding:
+        if not (args.overwrite or args.smoke):
+            raise UserError(f"output.dir: {folder} already holds a run ({', '.join(taken)}); continue it with "
+                            "--resume, choose another with --set run_name=NAME, or delete it with --overwrite")
+        doomed = folder / "stage2" if args.start_stage == 2 else folder
+        if adapter and adapter.resolve().is_relative_to(doomed.resolve()):
+            raise UserError(f"--overwrite: would delete the adapter to start from, {adapter}")
+        shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint = newest_checkpoint(folder) if args.resume else None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in [*folder.glob("stage*/.*.tmp"), *folder.glob(".*.tmp")]:  # a kill left them half written
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if args.resume and (folder / "config.yaml").exists():
+            check_same_config(folder / "config.yaml", config)
+        if not (args.eval_only and (folder / "config.yaml").exists()):
+            text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+            write_atomically(folder / "config.yaml", text)
+    except OSError as error:
+        raise UserError(f"output.dir: cannot write to {folder}: {error.strerror}") from None
+    run = Run(folder, config, command)
+    if args.resume and (folder / "results.json").exists():
+        run.seconds_before = json.loads((folder / "results.json").read_text())["seconds_total"]
+    if not args.eval_only:
+        rewind(folder, *(checkpoint_place(checkpoint) if checkpoint else (args.start_stage, 0)))
+    return run, checkpoint
+
+
+def check_same_config(file: Path, config: Config) -> None:
+    """A resumed run keeps its mathematics. Raises UserError that lists every key that would change it."""
+    flat = lambda tree, prefix="": {  # noqa: E731
+        key: value for name, item in tree.items()
+        for key, value in (flat(item, f"{prefix}{name}.") if isinstance(item, dict) else {prefix + name: item}).items()
+    }
+    before, now = flat(yaml.safe_load(file.read_text())), flat(config.model_dump())
+    changed = [f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in sorted(before.keys() | now.keys())
+               if before.get(key) != now.get(key) and not key.startswith(HARMLESS_KEYS)]
+    if changed:
+        raise UserError(f"--resume: {file} was made with another config ({'; '.join(changed)}); put these back, or "
+                        "start a new run with --set run_name=NAME")
+
+
+def rewind(folder: Path, stage: int, step: int) -> None:
+    """Drops from metrics.jsonl and samples.jsonl what lies past (stage, step), so that resuming adds no line twice.
+
+    Evaluations stand before the steps of the stage they open; those of --eval-only stay."""
+    order = {"pretrain": (0, 0), "stage1": (1, math.inf), "stage2": (2, math.inf)}
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        events = read_lines(folder / name)
+        place = lambda e: (e["stage"], e["step"]) if e["event"] == "train" else order.get(e["checkpoint"])  # noqa: E731
+        kept = [e for e in events if place(e) is None or place(e) <= (stage, step)]
+        if (folder / name).exists():
+            write_atomically(folder / name, "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in kept))
+
+
+def draw_curves(folder: Path) -> None:
+    """curves.png: rewards, accuracy, gap, KL, lengths of both attempts by step (faint: each step), stages marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    events = read_lines(folder / "metrics.jsonl")
+    steps = [e for e in events if e["event"] == "train"]
+    evals = [e for e in events if e["event"] == "eval" and "adapter" not in e]
+    x = [e["global_step"] for e in steps]
+    window = np.ones(max(1, len(x) // 20))
+    panels = {"reward": "mean reward of rollouts", "acc": "accuracy (dots: held out, greedy)",
+              "reward_gap": "reward gap (attempt 2 - attempt 1)", "kl": "KL to the reference, per token (K3)",
+              "completion_tokens": "completion tokens", "truncated": "share cut off by the budget"}
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+    for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
+        for suffix, color in {"": "tab:green"}.items() if name == "reward_gap" else (("_attempt1", "tab:blue"),
+                                                                                   ("_attempt2", "tab:orange")):
+            values = np.array([e[name + suffix] for e in steps])
+            if len(values):
+                smooth = np.convolve(values, window)[: len(x)] / np.convolve(np.ones(len(x)), window)[: len(x)]
+                axis.plot(x, values, color=color, alpha=0.25, linewidth=0.8)
+                axis.plot(x, smooth, color=color, label=suffix.strip("_").replace("attempt", "attempt "))
+            if name == "acc":
+                held_out = [e[name + suffix] for e in evals]
+                axis.plot([e["global_step"] for e in evals], held_out, "o", color=color, mec="black")
+        boundary = max((e["global_step"] for e in steps if e["stage"] == 1), default=None)
+        if boundary and boundary < x[-1]:
+            axis.axvline(boundary + 0.5, color="gray", linestyle="--", linewidth=1)
+            for text, side in (("Stage I ", "right"), (" Stage II", "left")):
+                axis.text(boundary + 0.5, 0.99, text, transform=axis.get_xaxis_transform(), ha=side, va="top", size=8)
+        axis.axhline(0, color="black", linewidth=0.5)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("optimizer step")
+        if steps and name != "reward_gap":
+            axis.legend(fontsize=7)
+    figure.savefig(folder / ".curves.png.tmp", dpi=110, format="png")
+    plt.close(figure)
+    os.replace(folder / ".curves.png.tmp", folder / "curves.png")
+
+
+def start_wandb(run: Run, run_id: str | None) -> None:
+    """Starts W&B: online with a login and a network, else offline; never prompts, never waits, never stops a run."""
+    project = run.config.wandb_project
+    if not project or os.environ.get("WANDB_MODE") == "disabled":
+        return
+    if not importlib.util.find_spec("wandb"):
+        say("wandb is not installed: logging to the run folder only.")
+        return
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb_reachable() else "offline")
+    try:
+        run.wandb = wandb.init(
+            project=project, name=run.config.run_name, config=run.config.model_dump(), dir=str(run.folder), mode=mode,
+            id=run_id, resume="allow" if run_id else None,
+            settings=wandb.Settings(silent=True, console="off", init_timeout=20, x_disable_stats=True),
+        )
+        run.wandb.define_metric("*", step_metric="global_step")
+    except Exception as error:  # a logger must not stop a run
+        say(f"W&B is off: {first_line(error)}")
+        return
+    if mode == "offline":
+        say(f"W&B is offline; later: wandb sync {Path(run.wandb.dir).parent}")
+
+
+def wandb_reachable() -> bool:
+    """A login, and a server that answers within 3 seconds."""
+    from urllib.parse import urlparse
+
+    import wandb
+
+    url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    try:
+        if not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+            return False
+        socket.create_connection((url.hostname, url.port or 443), timeout=3).close()
+    except Exception:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def save_checkpoint(policy: Policy, folder: Path, state: dict, optimizer: torch.optim.Optimizer | None) -> None:
+    """Writes adapter, tokenizer, optimizer state and state.json to a hidden folder, then moves them in place.
+
+    state.json comes last: a folder without it is not a checkpoint. safetensors and JSON only."""
+    temporary = folder.parent / f".{folder.name}.tmp" if folder.name.startswith("step_") else folder / ".end.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    policy.model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
+    policy.tokenizer.save_pretrained(str(temporary))
+    if optimizer:
+        moments = {f"{name}/{key}": value.contiguous() for name, parameter in policy.trainable.items()
+                   for key, value in optimizer.state[parameter].items()}
+        save_file(moments, temporary / "optimizer.safetensors")
+    (temporary / "state.json").write_text(json.dumps(state, indent=1))
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+    if folder.exists():
+        (folder / "state.json").unlink(missing_ok=True)
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "state.json"):
+            os.replace(file, folder / file.name)
+        temporary.rmdir()
+    else:
+        os.rename(temporary, folder)
+
+
+def load_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, file: Path) -> None:
+    moments = load_file(file)
+    for name, parameter in policy.trainable.items():
+        prefix = f"{name}/"
+        optimizer.state[parameter] = {
+            key.removeprefix(prefix): value.to("cpu" if key == f"{prefix}step" else parameter.device)
+            for key, value in moments.items() if key.startswith(prefix)
+        }
+
+
+def checkpoint_place(folder: Path) -> tuple[int, float]:
+    """(stage, step) of a complete checkpoint; the end of a stage is past any of its steps."""
+    state = json.loads((folder / "state.json").read_text())
+    return state["stage"], math.inf if state.get("finished") else state["step"]
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint that is furthest along."""
+    complete = [file.parent for file in [*folder.glob("stage*/state.json"), *folder.glob("stage*/step_*/state.json")]]
+    return max(complete, key=checkpoint_place, default=None)
+
+
+def prune_checkpoints(folder: Path, keep: int | None) -> None:
+    """Deletes all but the newest `keep` mid-stage checkpoints of a stage."""
+    steps = sorted((f.parent for f in folder.glob("step_*/state.json")), key=lambda c: checkpoint_place(c)[1])
+    for old in steps[: -keep if keep else 0]:
+        shutil.rmtree(old)
+
+
+# ----------------------------------------------------------------------------------------------------------- stages
+
+
+def train_stage(policy: Policy, examples: list[Example], stage: int, config: Config, run: Run, checkpoint: Path | None,
+                steps_before: int) -> None:
+    """One stage: roll out, improve, write down. Stage I and II differ in `stage_terms` alone.
+
+    `checkpoint` is a mid-stage one to go on from. Raises Interrupted after saving, RunError when
+    train.max_skipped_steps steps in a row had a loss or gradient that is not finite."""
+    train, seed = config.train, f"{config.train.seed}/stage{stage}"
+    batches = stage_batches(stage, len(examples), config)
+    optimizer = torch.optim.AdamW(policy.trainable.values(), lr=train.learning_rate, weight_decay=0.0)
+    done = 0
+    if checkpoint:
+        done = checkpoint_place(checkpoint)[1]
+        if done:
+            load_optimizer(policy, optimizer, checkpoint / "optimizer.safetensors")
+    skipped_in_a_row, folder = 0, run.folder / f"stage{stage}"
+    state = {"stage": stage, "wandb_id": run.wandb.id if run.wandb else None}
+    bar = progress(range(done + 1, len(batches) + 1), f"Stage {'I' * stage}", initial=done, total=len(batches))
+    for step in bar:
+        rows = [examples[i] for i in batches[step - 1] for _ in range(train.num_generations)]
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate * min(1.0, step / max(1, train.warmup_steps))
+        torch.manual_seed(random.Random(f"{seed}/{step}").getrandbits(31))  # LoRA dropout, and whatever else draws
+        start = time.perf_counter()
+        attempts = roll_out(policy, rows, config, train.generation_temperature, f"{seed}/{step}")
+        rolled_out = time.perf_counter()
+        update = improve(policy, optimizer, attempts, stage, config)
+        event = step_event(stage, step, steps_before + step, attempts, update)
+        event |= {"seconds_rollout": rolled_out - start, "seconds_update": time.perf_counter() - rolled_out,
+                  "peak_memory_gb": torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None}
+        where = {"event": "train", "stage": stage, "step": step}
+        run.log(event, sample_rows(rows, attempts, where, most=None if update["skipped"] else 4))
+        now = ("reward {reward_attempt1:.3f} / {reward_attempt2:.3f}, acc {acc_attempt1:.2f} / {acc_attempt2:.2f}, "
+               "kl {kl_attempt1:.3f} / {kl_attempt2:.3f}, {tokens_per_second:.0f} tok/s").format(**event)
+        bar.set_postfix_str(now)
+        if bar.disable:  # a log file: a line a step
+            say(f"Stage {'I' * stage} step {step}/{len(batches)}: {now}")
+        skipped_in_a_row = skipped_in_a_row + 1 if update["skipped"] else 0
+        if skipped_in_a_row >= train.max_skipped_steps:
+            raise RunError(f"loss or gradient was not finite in {skipped_in_a_row} steps in a row, up to stage {stage} "
+            raise RunError(f"loss or gradient was not finite in {skipped_in_a_row} steps in a row (stage {stage}, "
+                           f"step {step}); their samples are in {run.folder}/samples.jsonl; lower train.learning_rate")
+        if not last and (SIGNALS_SEEN or (train.checkpoint_every and step % train.checkpoint_every == 0)):
+            save_checkpoint(policy, folder / f"step_{step}", state | {"step": step}, optimizer)
+            prune_checkpoints(folder, config.output.keep_checkpoints)
+            draw_curves(run.folder)
+            say(f"Saved {folder / f'step_{step}'} ({now})")
+            stop_if_asked()
+    save_checkpoint(policy, folder, state | {"step": len(batches), "finished": True}, None)
+
+
+def stage_batches(stage: int, examples: int, config: Config) -> list[list[int]]:
+    """The index batches of a stage. Raises UserError when there are fewer examples than one batch needs."""
+    size, epochs = (getattr(config.train, f"stage{stage}_{key}") for key in ("batch_size", "epochs"))
+    if epochs > 0 and examples < size:
+        raise UserError(f"train.stage{stage}_batch_size: {size} is more than the {examples} train examples; lower it")
+    return shuffled_batches(examples, size, epochs, f"{config.train.seed}/stage{stage}")
+
+
+def step_event(stage: int, step: int, global_step: int, attempts: list[Attempt], update: dict) -> dict[str, Any]:
+    """A train line of metrics.jsonl, timing left to the caller. Means are over the step's rollouts."""
+    event: dict[str, Any] = {"event": "train", "stage": stage, "step": step, "global_step": global_step}
+    for number, attempt in enumerate(attempts, 1):
+        count = len(attempt.completions)
+        event |= {f"reward_attempt{number}": sum(attempt.rewards) / count,
+                  f"acc_attempt{number}": sum(attempt.correct) / count,
+                  f"completion_tokens_attempt{number}": mean_length(attempt),
+                  f"truncated_attempt{number}": sum(attempt.truncated) / count}
+    tokens = sum(len(c) for attempt in attempts for c in attempt.completions)
+    event["reward_gap"] = event["reward_attempt2"] - event["reward_attempt1"]
+    event["tokens_per_second"] = tokens / sum(attempt.seconds for attempt in attempts)
+    return event | update
+
+
+def train_and_evaluate(args: argparse.Namespace, config: Config) -> None:
+    """The whole run: evaluate, Stage I, evaluate, Stage II, evaluate."""
+    run, checkpoint = open_run(args, config)
+    tokenizer = load_tokenizer(config)
+    train, test = load_examples(config, tokenizer)
+    train = train[: args.smoke] if args.smoke else train
+    test = test[: config.eval.max_examples]
+    steps = {stage: len(stage_batches(stage, len(train), config)) for stage in (1, 2)}
+    adapter = checkpoint or (Path(args.resume_adapter) if args.resume_adapter else None)
+    policy = load_policy(config, tokenizer, adapter)
+    state = json.loads((checkpoint / "state.json").read_text()) if checkpoint else {}
+    start_wandb(run, state.get("wandb_id"))
+    say(f"{config.run_name}: {config.model.name} on {DEVICE.type}, {len(train)} train and {len(test)} test examples, "
+        f"{steps[1]} + {steps[2]} steps, into {run.folder}")
+
+    def record(label: str, step: int, **extra: Any) -> None:
+        done = [e.get("checkpoint") for e in read_lines(run.folder / "metrics.jsonl")]
+        if extra or label not in done:
+            event, samples = evaluate(policy, test, config, label)
+            run.log(event | {"global_step": step} | extra, samples)
+
+    if args.eval_only:
+        record("adapter" if adapter else "pretrain", 0, adapter=str(adapter))
+    else:
+        start_stage, done = checkpoint_place(checkpoint) if checkpoint else (args.start_stage, 0)
+        with reference(policy):  # an adapter to start from is not the pretrained model
+            record("pretrain", 0)
+        if args.start_stage == 2 and not checkpoint:
+            record("stage1", steps[1], adapter=args.resume_adapter)
+            save_checkpoint(policy, run.folder / "stage2" / "step_0", {"stage": 2, "step": 0}, None)
+        for stage in (1, 2):
+            before = steps[1] if stage == 2 else 0
+            if stage >= start_stage and steps[stage] > done * (stage == start_stage):
+                train_stage(policy, train, stage, config, run, checkpoint if stage == start_stage else None, before)
+            if stage >= start_stage and steps[stage]:
+                record(f"stage{stage}", before + steps[stage])
+    say("\n" + results_table([e for e in read_lines(run.folder / "metrics.jsonl") if e["event"] == "eval"]))
+    say(f"Done in {time.time() - run.started:.0f} s: {run.folder}")
+    if run.wandb:
+        run.wandb.finish()
+
+
+# ----------------------------------------------------------------------------------------------------- command line
+
+
+def main(args: argparse.Namespace, config: Config) -> int:
+    """Runs and turns every way of ending into an exit code: 0 done, 2 the user's input, 130 interrupted, 1 the rest."""
+    signal.signal(signal.SIGINT, note_signal)
+    signal.signal(signal.SIGTERM, note_signal)
+    try:
+        train_and_evaluate(args, config)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except RewardError as error:
+        print(f"reward.fn: {error}", file=sys.stderr)
+        return 2
+    except Interrupted:
+        again = " ".join(part for part in sys.argv if part not in ("--resume", "--overwrite"))
+        print(f"Interrupted. Continue with: python {again} --resume", file=sys.stderr)
+        return 130
+    except RunError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError:
+        print("Out of GPU memory in a rollout; lower train.stage1_batch_size, train.stage2_batch_size or "
+              "train.num_generations (in an evaluation: eval.batch_size)", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"{error.filename or config.output.dir}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(ARGS, CONFIG))
