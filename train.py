@@ -38,6 +38,7 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import netrc
 import os
 import random
 import shutil
@@ -49,8 +50,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
+from urllib.parse import urlparse
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
@@ -405,6 +409,7 @@ os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 # Unsloth runs on these accelerators, and wants to be imported before transformers and peft. Elsewhere the same code
 # runs on transformers + PEFT: load_policy decides, nothing after it asks.
@@ -420,6 +425,12 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU-only installation
+    triton = None
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -514,8 +525,8 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
             model = FastLanguageModel.get_peft_model(
                 model, **shared, use_gradient_checkpointing=checkpointing, random_state=seed
             )
-            for_generation = lambda: FastLanguageModel.for_inference(model)  # noqa: E731
-            for_training = lambda: FastLanguageModel.for_training(model, use_gradient_checkpointing=checkpointing)  # noqa: E731
+            for_generation = partial(FastLanguageModel.for_inference, model)
+            for_training = partial(FastLanguageModel.for_training, model, use_gradient_checkpointing=checkpointing)
         else:
             quantization = transformers.BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
@@ -752,15 +763,652 @@ def shuffled_batches(count: int, batch_size: int, epochs: float, seed: str) -> l
 
 
 # ---------------------------------------------------------------------------------------------------------- decoder
-# DECODER GOES HERE
+
+# Decoder. model.generate() launches some thousand kernels a token, one by one; here a token step is about ten kernels a
+# layer, captured once as a CUDA graph and replayed. Prompts are right-padded, so a token's position is its cache slot:
+# causal attention never sees a pad, and a decoded token attends to slots 0..position of its row and to nothing else.
+# Kernels find the K/V cache through an offset held in device memory, so graphs outlive the cache, which each rollout
+# allocates at its own size and frees before the update.
+if triton is not None:
+
+    @triton.jit
+    def _add_norm_kernel(
+        h, y, b, weight, x, eps, SIZE: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        """One row: h += y[:SIZE] + y[SIZE:] @ b (not when WIDTH, the length of y's rows, is 0); x = RMSNorm(h)."""
+        row = tl.program_id(0).to(tl.int64)
+        c = tl.arange(0, BLOCK)
+        ok = c < SIZE
+        dtype = h.dtype.element_ty
+        v = tl.load(h + row * SIZE + c, mask=ok, other=0.0).to(tl.float32)
+        if WIDTH > 0:
+            d = tl.load(y + row * WIDTH + c, mask=ok, other=0.0).to(tl.float32)
+            for r0 in range(0, R, 8):
+                for r1 in tl.static_range(8):
+                    xa = tl.load(y + row * WIDTH + SIZE + r0 + r1).to(tl.float32)
+                    d += xa * tl.load(b + (r0 + r1) * SIZE + c, mask=ok, other=0.0).to(tl.float32)
+            v = (v + d.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+            tl.store(h + row * SIZE + c, v.to(dtype), mask=ok)
+        v *= tl.rsqrt(tl.sum(v * v, 0) / SIZE + eps)
+        w = tl.load(weight + c, mask=ok, other=0.0).to(tl.float32)
+        tl.store(x + row * SIZE + c, (v.to(dtype).to(tl.float32) * w).to(dtype), mask=ok)
+
+    @triton.jit
+    def _lora_tile(y, b, n, ok_n, c, ok_c, part, OUT: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr):
+        """Rows n, columns c of y[:, :OUT] + y[:, OUT:] @ b in float32; b is block-diagonal, c lies in block `part`."""
+        v = tl.load(y + n[:, None] * WIDTH + c[None, :], mask=ok_n[:, None] & ok_c[None, :], other=0.0).to(tl.float32)
+        if R > 0:
+            r = part * R + tl.arange(0, R)
+            xa = tl.load(y + n[:, None] * WIDTH + OUT + r[None, :], mask=ok_n[:, None], other=0.0)
+            block = tl.load(b + r[:, None] * OUT + c[None, :], mask=ok_c[None, :], other=0.0)
+            v += tl.dot(xa, block, input_precision="ieee")
+        return v.to(y.dtype.element_ty).to(tl.float32)
+
+    @triton.jit(do_not_specialize=["tokens", "layer"])
+    def _rope_cache_kernel(
+        y, b, q_norm, k_norm, cos, sin, rows, pos, q, anchor, control, tokens, layer, eps,
+        H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+        NORM: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+    ):
+        """M tokens of one head of q|k|v: add LoRA; normalize and rotate q and k; q goes out, k and v to the cache."""
+        n = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+        ok_n = n < tokens
+        head = tl.program_id(1)
+        part = (head >= H).to(tl.int32) + (head >= H + KV).to(tl.int32)  # 0: q, 1: k, 2: v
+        HALF: tl.constexpr = D // 2
+        OUT: tl.constexpr = (H + 2 * KV) * D
+        i = tl.arange(0, BLOCK)
+        ok_i = i < HALF
+        ok = ok_n[:, None] & ok_i[None, :]
+        dtype = y.dtype.element_ty
+        lo = _lora_tile(y, b, n, ok_n, head * D + i, ok_i, part, OUT, OUT + 3 * R, R)
+        hi = _lora_tile(y, b, n, ok_n, head * D + HALF + i, ok_i, part, OUT, OUT + 3 * R, R)
+        slot = tl.load(pos + n, mask=ok_n, other=0)
+        if part < 2:
+            if NORM:
+                scale = tl.rsqrt((tl.sum(lo * lo, 1) + tl.sum(hi * hi, 1)) / D + eps)[:, None]
+                w_lo = tl.where(part == 0, tl.load(q_norm + i, mask=ok_i), tl.load(k_norm + i, mask=ok_i))
+                w_hi = tl.where(part == 0, tl.load(q_norm + HALF + i, mask=ok_i), tl.load(k_norm + HALF + i, mask=ok_i))
+                lo = ((lo * scale).to(dtype).to(tl.float32) * w_lo.to(tl.float32)[None, :]).to(dtype).to(tl.float32)
+                hi = ((hi * scale).to(dtype).to(tl.float32) * w_hi.to(tl.float32)[None, :]).to(dtype).to(tl.float32)
+            angle = slot[:, None] * HALF + i[None, :]
+            co = tl.load(cos + angle, mask=ok, other=0.0).to(tl.float32)
+            si = tl.load(sin + angle, mask=ok, other=0.0).to(tl.float32)
+            lo, hi = lo * co - hi * si, hi * co + lo * si
+        if part == 0:
+            to = q + (n[:, None] * (H * D) + head * D + i[None, :])
+        else:
+            at = (layer * 2 + part - 1) * tl.load(control + 1) + tl.load(rows + n, mask=ok_n, other=0)
+            at = ((at * KV + (head - H - (part - 1) * KV)) * tl.load(control + 2) + slot) * D
+            to = anchor + (tl.multiple_of(tl.load(control), 16) + at[:, None] + i[None, :])
+        tl.store(to, lo.to(dtype), mask=ok)
+        tl.store(to + HALF, hi.to(dtype), mask=ok)
+
+    @triton.jit(do_not_specialize=["layer"])
+    def _attend_kernel(
+        q, anchor, control, pos, o, part, layer, scale, KV: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr,
+        D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    ):
+        """The GROUP query heads of one K/V head of one row over slots 0..pos, or over one of SPLITS parts of them."""
+        row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        g, d = tl.arange(0, G), tl.arange(0, BLOCK_D)
+        ok_d = d < D
+        ok_q = (g < GROUP)[:, None] & ok_d[None, :]
+        at = ((row * KV + head) * GROUP + g)[:, None] * D + d[None, :]
+        query = tl.load(q + at, mask=ok_q, other=0.0)
+        rows, slots = tl.load(control + 1), tl.load(control + 2)
+        k = anchor + tl.multiple_of(tl.load(control), 16) + ((layer * 2 * rows + row) * KV + head) * slots * D
+        v = k + rows * KV * slots * D
+        length = tl.load(pos + row).to(tl.int32) + 1
+        span = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
+        start = split * span
+        stop = tl.minimum(start + span, length)
+        top = tl.full([G], float("-inf"), tl.float32)
+        total = tl.zeros([G], tl.float32)
+        acc = tl.zeros([G, BLOCK_D], tl.float32)
+        for s0 in range(start, stop, BLOCK):
+            s = s0 + tl.arange(0, BLOCK)
+            ok = s < stop
+            keys = tl.load(k + s[None, :] * D + d[:, None], mask=ok[None, :] & ok_d[:, None], other=0.0)
+            w = tl.dot(query, keys, input_precision="ieee") * (scale * 1.44269504)  # log2(e): exp2 is the fast one
+            w = tl.where(ok[None, :], w, float("-inf"))
+            higher = tl.maximum(top, tl.max(w, 1))
+            p = tl.exp2(w - higher[:, None])
+            decay = tl.exp2(top - higher)
+            values = tl.load(v + s[:, None] * D + d[None, :], mask=ok[:, None] & ok_d[None, :], other=0.0)
+            acc = acc * decay[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")
+            total = total * decay + tl.sum(p, 1)
+            top = higher
+        if SPLITS == 1:
+            tl.store(o + at, (acc / total[:, None]).to(o.dtype.element_ty), mask=ok_q)
+        else:  # part: [rows, heads, SPLITS, D + 2], float32
+            to = (((row * KV + head) * GROUP + g) * SPLITS + split) * (D + 2)
+            tl.store(part + to[:, None] + d[None, :], acc, mask=ok_q)
+            tl.store(part + to + D, top, mask=g < GROUP)
+            tl.store(part + to + D + 1, total, mask=g < GROUP)
+
+    @triton.jit
+    def _combine_kernel(part, o, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr):
+        """Join the SPLITS parts of one row's head; part 0 is never empty."""
+        head = tl.program_id(0)
+        d, s = tl.arange(0, BLOCK_D), tl.arange(0, SPLITS)
+        ok = d < D
+        at = part + (head * SPLITS + s) * (D + 2)
+        top = tl.load(at + D)
+        w = tl.exp2(top - tl.max(top, 0))
+        acc = tl.load(at[:, None] + d[None, :], mask=ok[None, :], other=0.0)
+        out = tl.sum(acc * w[:, None], 0) / tl.sum(tl.load(at + D + 1) * w, 0)
+        tl.store(o + head * D + d, out.to(o.dtype.element_ty), mask=ok)
+
+    @triton.jit(do_not_specialize=["tokens"])
+    def _silu_mul_kernel(y, b, x, tokens, SIZE: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr):
+        """A tile of M tokens: SiLU(gate) * up, each with its LoRA added."""
+        n = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+        c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        ok_n, ok_c = n < tokens, c < SIZE
+        gate = _lora_tile(y, b, n, ok_n, c, ok_c, 0, 2 * SIZE, 2 * SIZE + 2 * R, R)
+        up = _lora_tile(y, b, n, ok_n, SIZE + c, ok_c, 1, 2 * SIZE, 2 * SIZE + 2 * R, R)
+        dtype = y.dtype.element_ty
+        act = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+        tl.store(x + n[:, None] * SIZE + c[None, :], (act * up).to(dtype), mask=ok_n[:, None] & ok_c[None, :])
+
+    @triton.jit
+    def _sample_kernel(
+        logits, control, heat, ids_of_rows, count, best, where, top, total, VOCAB: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        """A block of one row's vocabulary: the maximum of z + Gumbel noise, z = logits / T, and logsumexp(z) in parts.
+
+        The noise is -log(E), E exponential, keyed by (seed, row, token count, column): it does not depend on the batch
+        around the row. E is -log(1 - u) with u on a grid of 2^-31 near 0, where E decides who wins: probabilities are
+        exact to about 5e-10 a token, and no token can gain more than 22 nats.
+        """
+        row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        c = block * BLOCK + tl.arange(0, BLOCK)
+        z = tl.load(logits + row * VOCAB + c, mask=c < VOCAB, other=float("-inf")).to(tl.float32) * tl.load(heat)
+        quad = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)  # Philox gives four numbers at a time
+        r0, r1, r2, r3 = tl.philox(
+            tl.load(control + 4), quad, quad * 0 + tl.load(ids_of_rows + row).to(tl.int32),
+            quad * 0 + tl.load(count + row).to(tl.int32), quad * 0,
+        )
+        bits = tl.reshape(tl.join(tl.join(r0, r1), tl.join(r2, r3)), (BLOCK,))
+        u = tl.minimum(((bits >> 1).to(tl.float32) + 0.5) * 4.656612873e-10, 0.99999994)
+        e = tl.where(u < 0.01, u * (1.0 + u * (0.5 + u * 0.33333334)), -tl.log(1.0 - u))
+        value, index = tl.max(z - tl.load(heat + 1) * tl.log(e), 0, return_indices=True)
+        peak = tl.max(z, 0)
+        to = row * tl.num_programs(1) + block
+        tl.store(best + to, value)
+        tl.store(where + to, block * BLOCK + index)
+        tl.store(top + to, peak)
+        tl.store(total + to, tl.sum(tl.exp(z - peak), 0))
+
+    @triton.jit
+    def _advance_kernel(
+        logits, control, heat, best, where, top, total, eos, state, tokens, logps, lengths, pad, CAP: tl.constexpr,
+        WIDTH: tl.constexpr, VOCAB: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, EOS: tl.constexpr,
+    ):
+        """One row: pick the winning block's token, record it and its log-prob, and move the row's state on."""
+        row = tl.program_id(0).to(tl.int64)
+        c = tl.arange(0, BLOCK)
+        ok = c < BLOCKS
+        value = tl.load(best + row * BLOCKS + c, mask=ok, other=float("-inf"))
+        token = tl.load(where + row * BLOCKS + tl.argmax(value, 0)).to(tl.int64)
+        peaks = tl.load(top + row * BLOCKS + c, mask=ok, other=float("-inf"))
+        peak = tl.max(peaks, 0)
+        sums = tl.load(total + row * BLOCKS + c, mask=ok, other=0.0)
+        z = tl.load(logits + row * VOCAB + token).to(tl.float32) * tl.load(heat)
+        logp = z - peak - tl.log(tl.sum(sums * tl.exp(peaks - peak), 0))
+        pos, count = tl.load(state + CAP + row), tl.load(state + 2 * CAP + row)
+        done, prompt = tl.load(state + 3 * CAP + row), tl.load(state + 4 * CAP + row)
+        alive = done == 0
+        tl.store(tokens + prompt * WIDTH + count, token, mask=alive)
+        tl.store(logps + prompt * WIDTH + count, logp, mask=alive)
+        tl.store(lengths + prompt, count + 1, mask=alive)
+        ended = (count + 1 >= tl.load(control + 3)).to(tl.int64)
+        for e in tl.static_range(EOS):
+            ended |= (token == tl.load(eos + e)).to(tl.int64)
+        tl.store(state + row, tl.where(alive, token, pad))
+        tl.store(state + CAP + row, tl.where(alive, pos + 1, pos))
+        tl.store(state + 2 * CAP + row, tl.where(alive, count + 1, count))
+        tl.store(state + 3 * CAP + row, tl.where(alive, ended, done))
 
 
-def why_not_decodable(model: Any) -> str | None:
-    return "the decoder is not built yet"
+def causal_lm(model: torch.nn.Module) -> torch.nn.Module:
+    """The causal language model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _projections(layer: torch.nn.Module) -> list[torch.nn.Module]:
+    """The seven linear maps of a decoder layer, each bare or wrapped by PEFT."""
+    attn, mlp = layer.self_attn, layer.mlp
+    return [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+def why_not_decodable(model: torch.nn.Module) -> str | None:
+    """None if Decoder serves this model, else the plain reason why model.generate() must be used."""
+    base = causal_lm(model)
+    config, name = base.config, type(base).__name__
+    devices = {p.device for p in base.parameters()}
+    if name not in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+        return f"the architecture {name} is not Llama, Mistral, Qwen2 or Qwen3"
+    if triton is None and DEVICE.type != "cpu":
+        return "Triton is not installed"
+    if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
+        return f"the model is on {', '.join(sorted(map(str, devices)))}; one CUDA device or the CPU is needed"
+    if getattr(config, "sliding_window", None) or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        return "the model uses sliding-window attention"
+    if any(getattr(config, k, None) for k in ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale")):
+        return "the model caps or scales its logits"
+    if config.hidden_act != "silu":
+        return f"the activation is {config.hidden_act}, not silu"
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type", rope.get("type")) or "default"
+    if kind not in ("default", "linear", "llama3", "yarn") or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        return f"the rotary embedding is of type {kind} with {rope}"
+    if type(base.lm_head) is not torch.nn.Linear or type(base.model.embed_tokens) is not torch.nn.Embedding:
+        return "the embedding or the output head is wrapped (by LoRA, modules_to_save or quantization)"
+    for module in (m for layer in base.model.layers for m in _projections(layer)):
+        inner = getattr(module, "base_layer", module)
+        if type(inner) is not torch.nn.Linear and type(inner).__name__ != "Linear4bit":
+            return f"a projection is a {type(inner).__name__}, not a Linear or Linear4bit"
+        if type(inner) is torch.nn.Linear and inner.weight.dtype != base.model.embed_tokens.weight.dtype:
+            return "the embedding and the projections differ in dtype"
+        if inner is not module and not hasattr(module, "lora_A"):
+            return f"the adapter layer {type(module).__name__} is not LoRA"
+        if getattr(module, "lora_variant", None) or any(getattr(module, "lora_bias", {}).values()):
+            return "the adapter is a LoRA variant (DoRA, a LoRA bias, ...)"
+        if inner is not module and sum(a in module.lora_A for a in module.active_adapters) > 1:
+            return "several adapters are active at once"
+    return None
+
+
+class FusedLinear:
+    """Projections of one input (q/k/v, gate/up, o, down) as one product [W; A] x: outputs, then every LoRA's A x.
+
+    What comes after it adds (A x) B, with B block-diagonal and scaled. Dense base weights move into the buffer that
+    also holds A, and each module's weight becomes a view of its rows: training reads the same memory, nothing is
+    stored twice. Quantized base layers run by themselves, and only A is a buffer.
+    """
+
+    def __init__(self, modules: list[torch.nn.Module], dtype: torch.dtype):
+        self.modules = modules
+        self.bases = [getattr(m, "base_layer", m) for m in modules]
+        self.sizes = [base.out_features for base in self.bases]
+        self.out, wide = sum(self.sizes), self.bases[0].in_features
+        ranks = [a.weight.shape[0] for m in modules for a in getattr(m, "lora_A", {}).values()]
+        self.rank = max(16, 1 << (max(ranks) - 1).bit_length()) if ranks else 0  # padded with zeros: tl.dot wants >= 16
+        self.dense = all(type(base) is torch.nn.Linear for base in self.bases)
+        device, extra = self.bases[0].weight.device, self.rank * len(modules)
+        held = torch.zeros(self.out * self.dense + extra, wide, dtype=dtype, device=device)
+        self.weight, self.a = held, held[self.out * self.dense :]
+        self.b = torch.zeros(extra, self.out, dtype=dtype, device=device)
+        biased = self.dense and any(base.bias is not None for base in self.bases)
+        self.bias = torch.zeros(self.out + extra, dtype=dtype, device=device) if biased else None
+        self.reload()
+
+    def reload(self) -> None:
+        """Copy the LoRA weights as they are now (zeros where adapters are off), cast to the compute dtype.
+
+        Raises ValueError if an adapter has grown past the rank this was built for."""
+        self.b.zero_()
+        start = 0
+        for i, (module, base, size) in enumerate(zip(self.modules, self.bases, self.sizes, strict=True)):
+            stop, at = start + size, i * self.rank
+            if self.dense and base.weight.data_ptr() != self.weight[start:stop].data_ptr():
+                self.weight[start:stop] = base.weight  # at the first call, and when something replaced the weight
+                base.weight.data = self.weight[start:stop]
+            if self.bias is not None and base.bias is not None:
+                self.bias[start:stop] = base.bias
+            live = [] if getattr(module, "disable_adapters", True) or module.merged else module.active_adapters
+            for name in (name for name in live if name in module.lora_A):
+                a, b = module.lora_A[name].weight, module.lora_B[name].weight
+                if len(a) > self.rank:
+                    raise ValueError(f"LoRA rank {len(a)} is above the decoder's {self.rank}: build a new Decoder")
+                self.a[at : at + len(a)] = a
+                torch.mul(b.t(), module.scaling[name], out=self.b[at : at + len(a), start:stop])
+            start = stop
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, in] -> [N, out + LoRA columns]."""
+        if self.dense:
+            return F.linear(x, self.weight, self.bias)
+        return torch.cat([base(x) for base in self.bases] + [F.linear(x, self.a)] * (self.rank > 0), -1)
+
+    def add_lora(self, y: torch.Tensor) -> torch.Tensor:
+        """y [N, out + LoRA columns] -> [N, out], in plain torch."""
+        return torch.addmm(y[:, : self.out], y[:, self.out :], self.b) if self.rank else y
+
+
+def _rows_for_graph(rows: int) -> int:
+    """The batch size whose graph decodes `rows` rows: 8, 16, 32, 64, 96, 128, 192, 256, 384, ..."""
+    size = max(8, 1 << (rows - 1).bit_length())
+    return size * 3 // 4 if size >= 128 and rows <= size * 3 // 4 else size
 
 
 class Decoder:
-    pass
+    """Samples from a causal language model with its own parameters, LoRA active and unmerged; see the comment above.
+
+    On CUDA a token step is a graph of Triton kernels; on a CPU the same step runs in torch operations.
+    """
+
+    compact = True  # drop ended rows from the batch
+    burst = 8  # graph replays between two looks at which rows have ended
+    splits: int | None = None  # programs that share one row's attention; None: enough to fill the card
+    prompt_tokens = 8192  # prompt tokens in one forward pass, pads included
+
+    def __init__(self, model: torch.nn.Module, eos_token_ids: list[int], pad_token_id: int):
+        """Raises ValueError with why_not_decodable()'s reason. Re-points the base weights (see FusedLinear)."""
+        if reason := why_not_decodable(model):
+            raise ValueError(f"cannot decode with this model: {reason}")
+        base = causal_lm(model)
+        config, self.backbone, self.head = base.config, base.model, base.lm_head
+        self.embedding, self.pad = base.model.embed_tokens.weight, pad_token_id
+        self.device, self.dtype, self.eps = self.embedding.device, self.embedding.dtype, config.rms_norm_eps
+        self.heads, self.kv = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        with torch.inference_mode(False), torch.no_grad():  # a weight that is an inference tensor could not train
+            self.layers = [self._fuse(layer) for layer in base.model.layers]
+        self.kernels = triton is not None and self.device.type == "cuda"
+        self.graphed = self.kernels
+        gpu = torch.cuda.get_device_properties(self.device) if self.graphed else None
+        self.processors, self.stages = (gpu.multi_processor_count, 2 if gpu.major >= 8 else 1) if gpu else (1, 1)
+        self.eos = torch.tensor(eos_token_ids or [-1], device=self.device)
+        self.release()
+
+    def _fuse(self, layer: torch.nn.Module) -> SimpleNamespace:
+        """What a token step reads of one decoder layer."""
+        q, k, v, o, gate, up, down = _projections(layer)
+        norms = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
+        return SimpleNamespace(
+            before=layer.input_layernorm.weight,
+            after=layer.post_attention_layernorm.weight,
+            norms=[norm.weight for norm in norms if norm is not None],
+            qkv=FusedLinear([q, k, v], self.dtype),
+            o=FusedLinear([o], self.dtype),
+            gate_up=FusedLinear([gate, up], self.dtype),
+            down=FusedLinear([down], self.dtype),
+        )
+
+    def release(self) -> None:
+        """Drop graphs and buffers; the next generate() makes them again. K/V never outlives a generate()."""
+        self.graphs, self.pool, self.cache, self.state = {}, None, None, None
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Sample one completion of at most max_new_tokens for each prompt from softmax(logits / temperature).
+
+        Temperature 0 is greedy. Returns the completions' token ids, EOS included where it was reached, and the
+        log-prob of each under that distribution (greedy: temperature 1). The same seed gives the same samples.
+        Raises ValueError for an empty prompt, a negative temperature or no tokens to make."""
+        if temperature < 0 or max_new_tokens < 1 or not all(prompts):
+            raise ValueError("generate() needs prompts that are not empty, max_new_tokens >= 1 and temperature >= 0")
+        if not prompts:
+            return [], []
+        for layer in self.layers:
+            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
+                linear.reload()
+        try:
+            rows = self._start(prompts, max_new_tokens, temperature, seed)
+            self._continue(rows, max_new_tokens, max(map(len, prompts)))
+        finally:
+            self.cache = None
+        lengths = self.lengths[: len(prompts)].tolist()
+        tokens, logps = (t[: len(prompts), :max_new_tokens].tolist() for t in (self.tokens, self.logps))
+        cut = [[row[:n] for row, n in zip(rows, lengths, strict=True)] for rows in (tokens, logps)]
+        return cut[0], cut[1]
+
+    def _start(self, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int) -> int:
+        """Prefill and the first token of each row. Returns the batch size, spare rows of the graph's size included."""
+        copies: dict[tuple, list[int]] = {}  # equal prompts are prefilled once
+        for i, prompt in enumerate(prompts):
+            copies.setdefault(tuple(prompt), []).append(i)
+        unique = sorted(copies, key=len, reverse=True)
+        order = [copies[p][0] for p in unique] + [i for p in unique for i in copies[p][1:]]
+        source = [*range(len(unique))] + [u for u, p in enumerate(unique) for _ in copies[p][1:]]
+        rows = _rows_for_graph(len(prompts)) if self.graphed else len(prompts)
+        spare, slots = rows - len(prompts), len(unique[0]) + max_new_tokens
+        source += [0] * spare
+        self._reserve(rows, max_new_tokens, slots)
+        shape = (len(self.layers), 2, rows, self.kv, slots, self.head_dim)
+        self.cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        offset = (self.cache.data_ptr() - self.anchor.data_ptr()) // self.anchor.element_size()
+        self.control.copy_(torch.tensor([offset, rows, slots, max_new_tokens, seed & (2**63 - 1)]))
+        self.heat.copy_(torch.tensor([1 / (temperature or 1), float(temperature > 0)]))
+        self.limit, self.temperature = max_new_tokens, temperature
+        self.generator = torch.Generator(self.device).manual_seed(seed & (2**63 - 1))
+        state = [
+            [self.pad] * rows,
+            [len(unique[s]) - 1 for s in source],
+            [0] * rows,
+            [0] * len(prompts) + [1] * spare,
+            order + [*range(len(prompts), rows)],
+        ]
+        self.state[:, :rows] = torch.tensor(state, device=self.device)
+        hidden = self._prefill(unique)
+        where = torch.tensor(source, device=self.device)
+        if len(unique) < len(prompts):
+            for layer in self.cache:
+                layer[:, len(unique) : len(prompts)] = layer[:, where[len(unique) : len(prompts)]]
+        self._choose(hidden[where], rows)
+        return rows
+
+    def _reserve(self, rows: int, new: int, slots: int) -> None:
+        """Buffers that graphs point at, with room to grow: larger ones drop the graphs."""
+        if self.state is not None:
+            if rows <= self.state.shape[1] and new < self.tokens.shape[1] and slots <= len(self.cos):
+                return
+            rows, new = max(rows, self.state.shape[1]), max(new, self.tokens.shape[1] - 1)
+            slots = max(slots, len(self.cos))
+        self.release()
+        rows, new, slots = (1 << (max(n) - 1).bit_length() for n in ((rows, 256), (new, 1024), (slots, 4096)))
+        whole = {"dtype": torch.long, "device": self.device}
+        self.state = torch.zeros(5, rows, **whole)  # token, position, tokens made, ended, index of the prompt
+        self.control = torch.zeros(5, **whole)  # cache offset, its rows and slots, max_new_tokens, seed
+        self.heat = torch.zeros(2, device=self.device)  # 1 / temperature, 1 to sample or 0 for greedy
+        self.tokens = torch.zeros(rows, new + 1, **whole)  # by prompt; ended rows may write to the last column
+        self.logps = torch.zeros(rows, new + 1, device=self.device)
+        self.lengths, self.row_numbers = torch.zeros(rows, **whole), torch.arange(rows, **whole)
+        self.anchor = torch.zeros(16, dtype=self.dtype, device=self.device)
+        rotary = getattr(self.backbone, "rotary_emb", None) or self.backbone.layers[0].self_attn.rotary_emb
+        if hasattr(rotary, "get_cached"):  # Unsloth's
+            rotary.extend_rope_embedding(self.anchor, slots)
+            table = rotary.get_cached(slots, self.device.index)
+        else:
+            table = [t[0] for t in rotary(self.anchor, torch.arange(slots, device=self.device)[None])]
+        self.cos, self.sin = (t[:slots, : self.head_dim // 2].contiguous() for t in table)
+
+    def _continue(self, rows: int, max_new_tokens: int, longest: int) -> None:
+        """Token steps until every row has ended, in smaller batches when most have."""
+        made, looks = 1, []
+        while made < max_new_tokens:
+            graph = self._graph(rows) if self.graphed else None
+            steps = min(self.burst, max_new_tokens - made) if graph else 1
+            for _ in range(steps):
+                graph.replay() if graph else self._step(rows)
+            made += steps
+            looks.append((self.state[3, :rows].to("cpu", non_blocking=True), torch.cuda.Event() if graph else None))
+            if graph:  # look one burst behind, so that the card never waits for us
+                looks[-1][1].record()
+                if len(looks) < 2:
+                    continue
+                looks[0][1].synchronize()
+            ended = looks.pop(0)[0].tolist()
+            alive = [row for row in range(rows) if not ended[row]]
+            if not alive:
+                return
+            fewer = _rows_for_graph(len(alive)) if graph else len(alive)
+            if self.compact and fewer <= rows * (0.5 if graph else 0.75):
+                spare = [row for row in range(rows) if ended[row]][: fewer - len(alive)]
+                kept = torch.tensor(alive + spare, device=self.device)
+                self.state[:, :fewer] = self.state[:, kept]
+                for layer in self.cache:
+                    layer[:, :fewer, :, : longest + made] = layer[:, kept, :, : longest + made]
+                rows, looks = fewer, []
+
+    def _graph(self, rows: int) -> "torch.cuda.CUDAGraph":
+        """The captured token step of this batch size. Warming up moves the state, so it is put back."""
+        if rows not in self.graphs:
+            state, side, graph = self.state.clone(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._step(rows)
+                self._step(rows)
+            torch.cuda.current_stream().wait_stream(side)
+            self.state.copy_(state)
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                self._step(rows)
+            self.graphs[rows] = graph
+        return self.graphs[rows]
+
+    def _step(self, rows: int) -> None:
+        self._choose(self._forward(self.state[0, :rows], self.row_numbers[:rows], self.state[1, :rows]), rows)
+
+    def _prefill(self, prompts: list[tuple[int, ...]]) -> torch.Tensor:
+        """Write the prompts' K/V to the first cache rows, longest prompt first -> hidden states [prompts, hidden]."""
+        hidden, first = [], 0
+        while first < len(prompts):
+            length = len(prompts[first])
+            part = prompts[first : first + max(1, self.prompt_tokens // length)]
+            ids = torch.tensor([p + (self.pad,) * (length - len(p)) for p in part], device=self.device)
+            last = torch.tensor([i * length + len(p) - 1 for i, p in enumerate(part)], device=self.device)
+            rows = torch.arange(first, first + len(part), device=self.device).repeat_interleave(length)
+            pos = torch.arange(length, device=self.device).repeat(len(part))
+            hidden.append(self._forward(ids.flatten(), rows, pos, (first, len(part), length), last))
+            first += len(part)
+        return torch.cat(hidden)
+
+    def _forward(self, ids, rows, pos, prompt=None, last=None) -> torch.Tensor:
+        """Tokens ids [N] at (rows, pos) [N] of the cache -> normalized hidden states [N, hidden].
+
+        prompt = (first row, rows, length) for a prefill of N = rows * length tokens, which keeps only tokens `last`."""
+        h, y, below = F.embedding(ids, self.embedding), None, None
+        plan = None if self.kernels else self._plan(pos, prompt)
+        for index, layer in enumerate(self.layers):
+            x = self._add_norm(h, y, below, layer.before)
+            q = self._rope_cache(index, layer, layer.qkv(x), rows, pos, plan)
+            x = self._attend_prompt(index, q, prompt) if prompt else self._attend(index, q, pos, plan)
+            x = self._add_norm(h, layer.o(x), layer.o, layer.after)
+            y, below = layer.down(self._silu_mul(layer, layer.gate_up(x))), layer.down
+        if last is not None:
+            h, y = h[last], y[last]
+        return self._add_norm(h, y, below, self.backbone.norm.weight)
+
+    def _plan(self, pos: torch.Tensor, prompt) -> tuple:
+        """What every layer of the torch path shares: cos, sin [N, 1, head_dim / 2] and the mask [N, 1, 1, slots]."""
+        slots = 0 if prompt else int(pos.max()) + 1
+        mask = torch.arange(slots, device=self.device) <= pos[:, None]
+        return self.cos[pos][:, None], self.sin[pos][:, None], mask[:, None, None]
+
+    def _add_norm(self, h, y, linear, weight) -> torch.Tensor:
+        """h += y with linear's LoRA (y None: nothing to add), in place; returns RMSNorm(h)."""
+        if not self.kernels:
+            if y is not None:
+                h += linear.add_lora(y)
+            return F.rms_norm(h, h.shape[-1:], weight, self.eps)
+        x, size = torch.empty_like(h), h.shape[1]
+        block = triton.next_power_of_2(size)
+        y, b, width, rank = (h, h, 0, 0) if y is None else (y, linear.b, y.shape[1], linear.rank)
+        _add_norm_kernel[(len(h),)](
+            h, y, b, weight, x, self.eps, size, width, rank, block, num_warps=min(16, max(4, block // 256))
+        )
+        return x
+
+    def _rope_cache(self, index, layer, y, rows, pos, plan) -> torch.Tensor:
+        """y of q|k|v -> q [N, heads * head_dim], normalized (Qwen3) and rotated; k and v go to the cache."""
+        heads, kv, dim = self.heads, self.kv, self.head_dim
+        if self.kernels:
+            q, norms = y.new_empty(len(y), heads * dim), layer.norms or (y, y)
+            _rope_cache_kernel[(triton.cdiv(len(y), 16), heads + 2 * kv)](
+                y, layer.qkv.b, *norms, self.cos, self.sin, rows, pos, q, self.anchor, self.control, len(y), index,
+                self.eps, heads, kv, dim, layer.qkv.rank, bool(layer.norms), 16,
+                max(16, triton.next_power_of_2(dim // 2)),
+            )
+            return q
+        q, k, v = layer.qkv.add_lora(y).view(len(y), -1, dim).split([heads, kv, kv], 1)
+        if layer.norms:
+            q, k = (F.rms_norm(t, (dim,), w, self.eps) for t, w in zip((q, k), layer.norms, strict=True))
+        lo, hi = torch.cat((q, k), 1).chunk(2, -1)
+        cos, sin, _ = plan
+        q, k = torch.cat((lo * cos - hi * sin, hi * cos + lo * sin), -1).split([heads, kv], 1)
+        self.cache[index][0][rows, :, pos] = k
+        self.cache[index][1][rows, :, pos] = v
+        return q.reshape(len(q), -1)
+
+    def _attend(self, index, q, pos, plan) -> torch.Tensor:
+        """One query token a row, q [N, heads * head_dim], over its row's slots 0..pos."""
+        n, group, dim = len(q), self.heads // self.kv, self.head_dim
+        if not self.kernels:
+            mask = plan[2]
+            k, v = self.cache[index, :, :n, :, : mask.shape[-1]]
+            return F.scaled_dot_product_attention(q.view(n, self.kv, group, dim), k, v, attn_mask=mask).view(n, -1)
+        splits, out = self.splits or 1, torch.empty_like(q)
+        while self.splits is None and splits < 16 and n * self.kv * splits <= self.processors:
+            splits *= 2
+        part = q.new_empty(n * self.heads * splits * (dim + 2) * (splits > 1), dtype=torch.float32)
+        wide = max(16, triton.next_power_of_2(dim))
+        _attend_kernel[(n, self.kv, splits)](
+            q, self.anchor, self.control, pos, out, part, index, dim**-0.5, self.kv, group,
+            max(16, triton.next_power_of_2(group)), dim, wide, max(16, 16384 // (wide * q.element_size())), splits,
+            num_stages=self.stages,
+        )
+        if splits > 1:
+            _combine_kernel[(n * self.heads,)](part, out, dim, wide, splits, num_warps=2)
+        return out
+
+    def _attend_prompt(self, index, q, prompt) -> torch.Tensor:
+        """Causal attention of whole prompts, right-padded: q [rows * length, heads * head_dim]."""
+        first, rows, length = prompt
+        k, v = self.cache[index, :, first : first + rows, :, :length]
+        q = q.view(rows, length, self.heads, self.head_dim).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2).reshape(rows * length, -1)
+
+    def _silu_mul(self, layer, y) -> torch.Tensor:
+        """y of gate|up -> SiLU(gate) * up, both with their LoRA."""
+        linear = layer.gate_up
+        if not self.kernels:
+            gate, up = linear.add_lora(y).chunk(2, -1)
+            return F.silu(gate) * up
+        n, size = len(y), linear.sizes[0]
+        x = y.new_empty(n, size)
+        _silu_mul_kernel[(triton.cdiv(n, 16), triton.cdiv(size, 64))](y, linear.b, x, n, size, linear.rank, 16, 64)
+        return x
+
+    def _choose(self, hidden: torch.Tensor, rows: int) -> None:
+        """Sample each row's next token from hidden [rows, hidden], record it, and move the rows' state on."""
+        logits = head_logits(hidden, self.head.weight)
+        if self.kernels:
+            block = 4096
+            blocks = triton.cdiv(logits.shape[1], block)
+            best, top, total = logits.new_empty(3, rows, blocks, dtype=torch.float32)
+            where = logits.new_empty(rows, blocks, dtype=torch.int32)
+            state = self.state
+            _sample_kernel[(rows, blocks)](
+                logits, self.control, self.heat, state[4], state[2], best, where, top, total, logits.shape[1], block,
+                num_warps=8,
+            )
+            _advance_kernel[(rows,)](
+                logits, self.control, self.heat, best, where, top, total, self.eos, state, self.tokens, self.logps,
+                self.lengths, self.pad, state.shape[1], self.tokens.shape[1], logits.shape[1], blocks,
+                triton.next_power_of_2(blocks), len(self.eos), num_warps=1,
+            )
+            return
+        logp = F.log_softmax(logits.float() / (self.temperature or 1), -1)
+        sampled = self.temperature > 0
+        token = torch.multinomial(logp.exp(), 1, generator=self.generator) if sampled else logp.argmax(-1, keepdim=True)
+        logp, token = logp.gather(-1, token)[:, 0], token[:, 0]
+        ids, pos, count, done, prompt = self.state[:, :rows]
+        alive = done == 0
+        column = torch.where(alive, count, self.tokens.shape[1] - 1)
+        self.tokens[prompt, column], self.logps[prompt, column] = token, logp
+        self.lengths[prompt] = torch.where(alive, count + 1, self.lengths[prompt])
+        done |= (count + 1 >= self.limit) | (token[:, None] == self.eos).any(-1)
+        ids.copy_(torch.where(alive, token, self.pad))
+        pos += alive
+        count += alive
 
 
 # ---------------------------------------------------------------------------------------------------------- rollout
@@ -784,20 +1432,30 @@ def roll_out(policy: Policy, examples: list[Example], config: Config, temperatur
     """Samples both attempts at every example; returns [attempt 1, attempt 2] with their rewards.
 
     The second prompt holds the first attempt verbatim, reasoning included. Raises RewardError."""
-    train, attempts = config.train, []
     prompts = [example.prompt for example in examples]
-    for number, budget in ((1, train.max_new_tokens_attempt1), (2, train.max_new_tokens_attempt2)):
-        start = time.perf_counter()
-        completions, log_probs = sample(policy, prompts, budget, temperature, f"{seed}/{number}")
-        answers = [tokens[:-1] if tokens[-1] in policy.eos_token_ids else tokens for tokens in completions]
-        texts = policy.tokenizer.batch_decode(answers, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        texts = [policy.think_prefix + text for text in texts]
-        rewards, correct = grade(texts, [example.target for example in examples], config.reward)
-        truncated = [tokens[-1] not in policy.eos_token_ids for tokens in completions]
-        attempts.append(Attempt(prompts, completions, texts, rewards, correct, truncated, log_probs,
-                                time.perf_counter() - start))
-        prompts = [prompt + answer + policy.bridge for prompt, answer in zip(prompts, answers, strict=True)]
-    return attempts
+    first = make_attempt(policy, prompts, examples, 1, config, temperature, f"{seed}/1")
+    corrections = [prompt + without_eos(completion, policy) + policy.bridge
+                   for prompt, completion in zip(first.prompts, first.completions, strict=True)]
+    return [first, make_attempt(policy, corrections, examples, 2, config, temperature, f"{seed}/2")]
+
+
+def make_attempt(policy: Policy, prompts: list[list[int]], examples: list[Example], number: int, config: Config,
+                 temperature: float, seed: str) -> Attempt:
+    """Samples and grades attempt `number` at every example. Raises RewardError."""
+    start = time.perf_counter()
+    budget = getattr(config.train, f"max_new_tokens_attempt{number}")
+    completions, log_probs = sample(policy, prompts, budget, temperature, seed)
+    answers = [without_eos(completion, policy) for completion in completions]
+    texts = policy.tokenizer.batch_decode(answers, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    texts = [policy.think_prefix + text for text in texts]
+    seconds = time.perf_counter() - start
+    rewards, correct = grade(texts, [example.target for example in examples], config.reward)
+    truncated = [len(answer) == len(completion) for answer, completion in zip(answers, completions, strict=True)]
+    return Attempt(prompts, completions, texts, rewards, correct, truncated, log_probs, seconds)
+
+
+def without_eos(completion: list[int], policy: Policy) -> list[int]:
+    return completion[:-1] if completion[-1] in policy.eos_token_ids else completion
 
 
 def grade(texts: list[str], targets: list[str], reward: RewardConfig) -> tuple[list[float], list[bool]]:
@@ -813,6 +1471,12 @@ def sample(
     """Completions of `prompts` sampled from softmax(logits / temperature) over the whole vocabulary; 0 is greedy.
 
     Returns token ids a row, EOS included when reached, and their log-probs where the decoder gives them."""
+    size = rows_that_fit(policy, max(map(len, prompts)) + max_new_tokens)
+    if size < len(prompts):
+        parts = [sample(policy, prompts[i : i + size], max_new_tokens, temperature, f"{seed}/{i}")
+                 for i in range(0, len(prompts), size)]
+        completions, log_probs = zip(*parts, strict=True)
+        return sum(completions, []), None if log_probs[0] is None else sum(log_probs, [])
     seed_number = random.Random(seed).getrandbits(31)
     if policy.decoder:
         return policy.decoder.generate(prompts, max_new_tokens, temperature, seed_number)
@@ -831,6 +1495,18 @@ def sample(
             **(sampled if temperature > 0 else dict(do_sample=False)),
         )
     return [until_eos(row, policy.eos_token_ids) for row in output[:, width:].tolist()], None
+
+
+def rows_that_fit(policy: Policy, slots: int) -> int:
+    """How many rows of `slots` tokens decode together: their K/V cache and logits may take half of the free memory."""
+    if DEVICE.type != "cuda":
+        return 2**31
+    config = policy.model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    row = 4 * config.num_hidden_layers * kv_heads * head_dim * slots + 8 * config.vocab_size  # bf16 K, V; float32 logits
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return max(1, int(free / 2 / row))
 
 
 def until_eos(tokens: list[int], eos_token_ids: list[int]) -> list[int]:
@@ -1354,19 +2030,15 @@ def start_wandb(run: Run, run_id: str | None) -> None:
 
 
 def wandb_reachable() -> bool:
-    """A login, and a server that answers within 3 seconds."""
-    from urllib.parse import urlparse
-
-    import wandb
-
+    """A login (WANDB_API_KEY or ~/.netrc), and a server that answers within 3 seconds."""
     url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     try:
-        if not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-            return False
-        socket.create_connection((url.hostname, url.port or 443), timeout=3).close()
-    except Exception:
+        login = os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators(url.hostname)
+        if login:
+            socket.create_connection((url.hostname, url.port or 443), timeout=3).close()
+        return bool(login)
+    except (OSError, netrc.NetrcParseError):
         return False
-    return True
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -1469,9 +2141,9 @@ def train_stage(policy: Policy, examples: list[Example], stage: int, config: Con
             say(f"Stage {'I' * stage} step {step}/{len(batches)}: {now}")
         skipped_in_a_row = skipped_in_a_row + 1 if update["skipped"] else 0
         if skipped_in_a_row >= train.max_skipped_steps:
-            raise RunError(f"loss or gradient was not finite in {skipped_in_a_row} steps in a row, up to stage {stage} "
-            raise RunError(f"loss or gradient was not finite in {skipped_in_a_row} steps in a row (stage {stage}, "
-                           f"step {step}); their samples are in {run.folder}/samples.jsonl; lower train.learning_rate")
+            raise RunError(f"loss or gradient was not finite in {skipped_in_a_row} steps in a row (stage {stage}, step "
+                           f"{step}); their samples are in {run.folder}/samples.jsonl; lower train.learning_rate")
+        last = step == len(batches)
         if not last and (SIGNALS_SEEN or (train.checkpoint_every and step % train.checkpoint_every == 0)):
             save_checkpoint(policy, folder / f"step_{step}", state | {"step": step}, optimizer)
             prune_checkpoints(folder, config.output.keep_checkpoints)

@@ -1,0 +1,170 @@
+#!/usr/bin/env python3
+"""Measures a config before it is run: lengths, answer extraction, speed and memory of one optimizer step.
+
+    python profile_run.py --config configs/gsm8k.yaml --n 64             # lengths, budgets, tokens/s, seconds, memory
+    python profile_run.py --config configs/gsm8k.yaml --n 64 --compare   # the same rollout through model.generate too
+
+Nothing is trained: the update runs with a learning rate of 0. Figures are for this model, these prompts, this card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+
+REPEATS = 3
+
+
+def percentiles(values: list[int]) -> str:
+    ordered = sorted(values)
+    at = [ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))] for q in (0.5, 0.9, 0.99, 1)]
+    return "p50 {} p90 {} p99 {} max {}".format(*at)
+
+
+def round_up(tokens: float, step: int = 32) -> int:
+    return int(-(-tokens // step) * step)
+
+
+def tokens_inside(texts: list[str], tag: str, tokenizer) -> list[int]:
+    """Tokens between <tag> and </tag> (or the end) of each text that has the tag."""
+    parts = [text.split(f"<{tag}>", 1)[1].split(f"</{tag}>", 1)[0] for text in texts if f"<{tag}>" in text]
+    return [len(ids) for ids in tokenizer(parts, add_special_tokens=False)["input_ids"]] if parts else []
+
+
+def report_lengths(attempts, policy, config) -> None:
+    """Percentiles, the think/answer split, failures, and the budgets that would hold 99% of what was seen."""
+    from reward_function import ANSWER_EXTRACTORS
+
+    extract = ANSWER_EXTRACTORS[config.reward.answer_extractor]
+    for number, attempt in enumerate(attempts, 1):
+        count = len(attempt.texts)
+        print(f"\nAttempt {number} ({count} rollouts)")
+        print(f"  prompt tokens      {percentiles([len(p) for p in attempt.prompts])}")
+        print(f"  completion tokens  {percentiles([len(c) for c in attempt.completions])}")
+        for tag in ("think", "answer"):
+            inside = tokens_inside(attempt.texts, tag, policy.tokenizer)
+            split = f"{percentiles(inside)} (in {len(inside)})" if inside else "no such tag"
+            print(f"  <{tag}> tokens".ljust(21) + split)
+        unextracted = sum(not extract(text) for text in attempt.texts)
+        print(f"  cut off by the budget {sum(attempt.truncated) / count:.1%}, no answer {unextracted / count:.1%}, "
+              f"correct {sum(attempt.correct) / count:.1%}, mean reward {sum(attempt.rewards) / count:.3f}")
+    print("\nRecommended budgets (99th percentile and a tenth; a budget that cut off more than 1% is doubled)")
+    budgets = []
+    for number, attempt in enumerate(attempts, 1):
+        lengths = sorted(map(len, attempt.completions))
+        now = getattr(config.train, f"max_new_tokens_attempt{number}")
+        cut = sum(attempt.truncated) / len(lengths) > 0.01
+        budgets.append(2 * now if cut else min(now, round_up(1.1 * lengths[round(0.99 * (len(lengths) - 1))])))
+        print(f"  train.max_new_tokens_attempt{number}: {budgets[-1]} (now {now})")
+    prompt1 = round_up(max(len(p) for p in attempts[0].prompts))
+    prompt2 = round_up(prompt1 + budgets[0] + len(policy.bridge))
+    print(f"  train.max_prompt_length_attempt1: {prompt1} (now {config.train.max_prompt_length_attempt1})")
+    print(f"  train.max_prompt_length_attempt2: {prompt2} (now {config.train.max_prompt_length_attempt2})")
+    print(f"  model.max_seq_length: {prompt2 + budgets[1]} (now {config.model.max_seq_length})")
+
+
+def peak_memory(train) -> float:
+    """GiB at the highest since the last call; 0 without CUDA."""
+    import torch
+
+    if train.DEVICE.type != "cuda":
+        return 0.0
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+def timed(train, work) -> tuple[float, object]:
+    """Seconds of work(), the device waited for, and its result."""
+    synchronize = __import__("torch").cuda.synchronize if train.DEVICE.type == "cuda" else (lambda: None)
+    synchronize()
+    start = time.perf_counter()
+    result = work()
+    synchronize()
+    return time.perf_counter() - start, result
+
+
+def time_rollout(train, policy, examples, config, name: str) -> tuple[float, list]:
+    """Prints the median of REPEATS rollouts after a first one; returns it with the last attempts."""
+    temperature = config.train.generation_temperature
+    first, attempts = timed(train, lambda: train.roll_out(policy, examples, config, temperature, "profile/0"))
+    peak_memory(train)
+    runs = [timed(train, lambda i=i: train.roll_out(policy, examples, config, temperature, f"profile/{i}"))
+            for i in range(1, REPEATS + 1)]
+    seconds = statistics.median(run[0] for run in runs)
+    rates, steps = [], []
+    for _, attempts in runs:
+        sampling = sum(a.seconds for a in attempts)
+        rates.append(sum(len(c) for a in attempts for c in a.completions) / sampling)
+        steps.append(1e3 * sampling / sum(max(map(len, a.completions)) for a in attempts))
+    print(f"{name:<42} {len(examples):>5} rows {statistics.median(rates):>9,.0f} tokens/s "
+          f"{statistics.median(steps):>8.2f} ms/token step {seconds:>8.2f} s (first {first:.2f} s) "
+          f"{peak_memory(train):>7.2f} GiB")
+    return seconds, attempts
+
+
+def compare_static_cache(train, policy, examples, config) -> None:
+    """transformers' generate with a static cache and its compiled step, where the model takes it."""
+    import functools
+
+    generate = policy.model.generate
+    policy.model.generate = functools.partial(generate, cache_implementation="static")
+    try:
+        time_rollout(train, policy, examples, config, "generate, static cache, compiled")
+    except Exception as error:  # Unsloth's models refuse a static cache
+        print(f"{'generate, static cache, compiled':<42} does not run here: {train.first_line(error)}")
+    finally:
+        policy.model.generate = generate
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override a key")
+    parser.add_argument("--n", type=int, default=32, help="problems of one optimizer step")
+    parser.add_argument("--compare", action="store_true", help="time model.generate too, also with a static cache")
+    args = parser.parse_args()
+    if args.n < 2:
+        parser.error(f"--n {args.n}: needs at least 2 problems")
+
+    import train
+
+    try:
+        config = train.read_config(args.config, args.set)
+        tokenizer = train.load_tokenizer(config)
+        examples = train.load_examples(config, tokenizer)[0][: args.n]
+        policy = train.load_policy(config, tokenizer)
+    except train.UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    import torch
+
+    card = torch.cuda.get_device_name() if train.DEVICE.type == "cuda" else train.DEVICE.type
+    print(f"{config.model.name} on {card}; {len(examples)} problems x {config.train.num_generations} rollouts\n")
+    examples = [example for example in examples for _ in range(config.train.num_generations)]
+    name = "generate, as loaded" if policy.decoder is None else "built-in decoder"
+    rollout, attempts = time_rollout(train, policy, examples, config, name)
+    optimizer = torch.optim.AdamW(policy.trainable.values(), lr=0.0, weight_decay=0.0)
+    first, _ = timed(train, lambda: train.improve(policy, optimizer, attempts, 2, config))
+    peak_memory(train)
+    updates = [timed(train, lambda: train.improve(policy, optimizer, attempts, 2, config))[0] for _ in range(REPEATS)]
+    update, total = statistics.median(updates), rollout + statistics.median(updates)
+    tokens = sum(len(p) + len(c) for a in attempts for p, c in zip(a.prompts, a.completions, strict=True))
+    print(f"{'update, both attempts and the reference':<42} {len(examples):>5} rows {tokens / update:>9,.0f} tokens/s "
+          f"{update:>31.2f} s (first {first:.2f} s) {peak_memory(train):>7.2f} GiB")
+    print(f"one Stage II step: {total:.2f} s, rollout {rollout / total:.0%}, update {update / total:.0%}")
+    if args.compare:
+        if policy.decoder:
+            policy.decoder.release()
+            policy.decoder = None
+            peer, _ = time_rollout(train, policy, examples, config, "generate, as loaded")
+            print(f"the same step with it: {peer + update:.2f} s, {(peer + update) / total:.1f} times as long")
+        compare_static_cache(train, policy, examples, config)
+    report_lengths(attempts, policy, config)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""What the tests share: a random Qwen3 of a few thousand weights with its own tokenizer, and ways to build on it.
+
+`pytest` runs on the CPU in float32, whatever the machine has; `pytest -m gpu` runs the tests that need a CUDA device.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny, and threads spin where cores are shared
+
+PAD, IM_START, IM_END, END_OF_TEXT = "<pad>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
+SELF_CORRECTION = "Check it."
+
+PLAIN_TEMPLATE = (
+    "{%- for message in messages -%}<|im_start|>{{ message.role + '\\n' + message.content }}<|im_end|>{{ '\\n' }}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
+)
+# As Qwen3's own: an earlier assistant turn loses its reasoning.
+STRIPPING_TEMPLATE = PLAIN_TEMPLATE.replace(
+    "message.content", "(message.content.split('</think>')[-1] if message.role == 'assistant' else message.content)"
+)
+# As DeepSeek-R1's: the template itself opens the reasoning.
+THINKING_TEMPLATE = PLAIN_TEMPLATE.replace("assistant\\n'", "assistant\\n<think>\\n'")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; run with `pytest -m gpu`")
+    if config.getoption("markexpr", "").strip() != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the other tests compare float32 numbers
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not cuda_is_here():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device and `pytest -m gpu`"))
+
+
+def cuda_is_here() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def build_tokenizer(eos: str | None = IM_END, pad: str | None = PAD, template: str = STRIPPING_TEMPLATE) -> Any:
+    """One token a printable character or tag, so that any text survives a round trip."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = [PAD, "<unk>", IM_START, IM_END, END_OF_TEXT, *TAGS, "\n", *map(chr, range(32, 127))]
+    backend = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    backend.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in (IM_START, IM_END, END_OF_TEXT)])
+    named = {key: token for key, token in (("eos_token", eos), ("pad_token", pad)) if token}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", chat_template=template, clean_up_tokenization_spaces=False, **named
+    )
+
+
+def build_model(folder: Path, vocab_size: int = 0, hidden: int = 32, tied: bool = False, seed: int = 0, **names: Any) -> Path:
+    """Writes a random Qwen3 with a tokenizer into `folder`. `names`: eos, pad and template of the tokenizer.
+
+    Tags and ends are frequent in its samples, and its generation_config asks for narrowed sampling and names several EOS
+    ids, as a real model's does."""
+    import torch
+    import transformers
+
+    tokenizer = build_tokenizer(**names)
+    ids = tokenizer.convert_tokens_to_ids
+    torch.manual_seed(seed)
+    config = transformers.Qwen3Config(
+        vocab_size=vocab_size or len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=hidden // 4, max_position_embeddings=512,
+        tie_word_embeddings=tied, initializer_range=0.3, bos_token_id=None, eos_token_id=ids(IM_END),
+        pad_token_id=ids(PAD),
+    )
+    model = transformers.Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        embedding[:, 0] = 1.5  # a constant feature, so that the head's first column is a bias
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight *= 0.4
+            layer.mlp.down_proj.weight *= 0.4
+        if not tied:
+            head[:, 0] = 0.0
+            head[[*ids(TAGS), ids(IM_END), ids(END_OF_TEXT)], 0] = 2.0
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=True, temperature=0.6, top_k=5, top_p=0.5, repetition_penalty=1.3, pad_token_id=ids(PAD),
+        eos_token_id=[ids(IM_END), ids(END_OF_TEXT)],
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def build_data(folder: Path, train: int = 24, test: int = 6) -> Path:
+    """Writes train.jsonl and test.jsonl of small sums."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"question": f"{10 + i}+{i % 7}=?", "answer": str(10 + i + i % 7)} for i in range(train + test)]
+    for name, part in (("train", rows[:train]), ("test", rows[train:])):
+        write_jsonl(folder / f"{name}.jsonl", part)
+    return folder
+
+
+def teach_format(folder: Path, data: Path, steps: int = 60) -> Path:
+    """Trains the model until about half of its samples are answers, right or wrong, so that rewards differ."""
+    import random
+
+    import torch
+    import transformers
+
+    rng, answer = random.Random(0), "<answer>{}</answer>" + IM_END
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    for _ in range(steps):
+        texts = []
+        for row in rng.sample(rows, 8):
+            first, second = (answer.format(rng.choice([row["answer"], rng.randrange(10, 50)])) for _ in range(2))
+            turn = "{}<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}"
+            texts.append(turn.format("", row["question"], turn.format(first + "\n", SELF_CORRECTION, second)))
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        model(input_ids=batch["input_ids"], labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def with_keys(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a config mapping with dotted keys set, {"train.seed": 1}."""
+    tree = copy.deepcopy(tree)
+    for key, value in changes.items():
+        node = tree
+        *parents, name = key.split(".")
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[name] = value
+    return tree
+
+
+def random_attempt(rng: Any, rows: int, budget: int, eos: int, vocab: int = 100, longest_prompt: int = 9) -> Any:
+    """A train.Attempt of ragged random rows and random rewards; every other row ends in EOS."""
+    import train
+
+    prompts = [[rng.randrange(5, vocab) for _ in range(rng.randrange(2, longest_prompt))] for _ in range(rows)]
+    completions = [[rng.randrange(5, vocab) for _ in range(rng.randrange(1, budget))] for _ in range(rows)]
+    completions = [tokens + [eos] if row % 2 else tokens for row, tokens in enumerate(completions)]
+    rewards = [rng.choice([0.0, 0.25, 0.5, 1.0]) for _ in range(rows)]
+    return train.Attempt(
+        prompts=prompts, completions=completions, texts=[""] * rows, rewards=rewards, correct=[False] * rows,
+        truncated=[row % 2 == 0 for row in range(rows)], sampled_log_probs=None, seconds=1.0,
+    )
+
+
+def perturb(policy: Any, scale: float = 0.3, seed: int = 0) -> None:
+    """Moves the policy away from its reference: LoRA's B starts at zero."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in policy.trainable.items():
+            if "lora_B" in name:
+                weight.copy_(scale * torch.randn(weight.shape, generator=generator))
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's folder."""
+    return build_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of train.jsonl (24 rows) and test.jsonl (6 rows)."""
+    return build_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def raw_config(tiny_dir: Path, data_dir: Path, tmp_path: Path) -> dict[str, Any]:
+    """A whole config as a mapping, valid, for the tiny model."""
+    return {
+        "run_name": "test",
+        "model": {
+            "name": str(tiny_dir), "max_seq_length": 160, "gradient_checkpointing": False, "lora": {"r": 4, "alpha": 8}
+        },
+        "dataset": {"name": str(data_dir), "input_field": "question", "target_field": "answer"},
+        "prompts": {"self_correction": SELF_CORRECTION},
+        "train": {
+            "stage1_batch_size": 8, "stage2_batch_size": 8, "micro_batch_size": 4, "learning_rate": 0.01,
+            "max_new_tokens_attempt1": 8, "max_new_tokens_attempt2": 12, "max_prompt_length_attempt1": 48,
+            "max_prompt_length_attempt2": 100, "seed": 1,
+        },
+        "eval": {"batch_size": 4},
+        "output": {"dir": str(tmp_path / "outputs")},
+    }
+
+
+@pytest.fixture
+def make_config(raw_config: dict[str, Any]) -> Callable[..., Any]:
+    """make_config({"train.seed": 3}) -> the checked Config of the tiny model with these keys changed."""
+    import train
+
+    return lambda changes=None: train.check_config(with_keys(raw_config, changes or {}))
+
+
+@pytest.fixture
+def make_policy(make_config: Callable[..., Any]) -> Callable[..., Any]:
+    """make_policy(changes, **load_policy's arguments) -> (Policy, Config) of the tiny model."""
+    import train
+
+    def make(changes: dict[str, Any] | None = None, **how: Any) -> tuple[Any, Any]:
+        config = make_config(changes)
+        return train.load_policy(config, train.load_tokenizer(config), **how), config
+
+    return make
+
+
+@pytest.fixture
+def policy(make_policy: Callable[..., Any]) -> Any:
+    """The tiny policy, its adapter moved away from zero."""
+    policy, _ = make_policy()
+    perturb(policy)
+    return policy
+
+
+def has_module(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None

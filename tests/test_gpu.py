@@ -1,0 +1,167 @@
+"""What only a CUDA device can show: `pytest -m gpu`. Unsloth serves the policy there, in bf16."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, build_model
+
+pytestmark = pytest.mark.gpu
+KEYS = {"model.max_seq_length": 480, "train.max_prompt_length_attempt2": 220, "train.max_new_tokens_attempt2": 256,
+        "train.max_new_tokens_attempt1": 64}
+needs_unsloth = pytest.mark.skipif(not importlib.util.find_spec("unsloth"), reason="needs unsloth")
+
+
+@pytest.fixture
+def make_gpu_policy(make_policy: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+    """make_gpu_policy(use_unsloth, vocab_size, adapter) -> Policy of a random Qwen3 with heads of 32."""
+
+    def make(use_unsloth: bool = True, vocab_size: int = 0, adapter: Path | None = None) -> Any:
+        folder = tmp_path / f"model{vocab_size}"
+        if not folder.exists():
+            build_model(folder, hidden=128, vocab_size=vocab_size)
+        return make_policy({"model.name": str(folder)} | KEYS, use_unsloth=use_unsloth, adapter=adapter)[0]
+
+    return make
+
+
+def ragged_rows(count: int = 16) -> tuple[list[list[int]], list[list[int]]]:
+    prompts = [[10 + (row * 7 + i) % 90 for i in range(3 + 5 * row % 60)] for row in range(count)]
+    completions = [[10 + (row * 11 + 3 * i) % 90 for i in range(4 + 9 * row % 100)] for row in range(count)]
+    return prompts, completions
+
+
+def move(policy: Any, scale: float = 0.05) -> None:
+    """Away from the reference, the same way for the same names."""
+    import torch
+
+    with torch.no_grad():
+        for number, (name, weight) in enumerate(sorted(policy.trainable.items())):
+            if "lora_B" in name:
+                noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))
+                weight.copy_(scale * noise)
+
+
+@needs_unsloth
+def test_unsloth_and_transformers_give_the_same_log_probs(make_gpu_policy: Callable[..., Any], tmp_path: Path) -> None:
+    import torch
+
+    import train
+
+    rows = ragged_rows()
+    fast = make_gpu_policy(True)
+    move(fast)
+    train.save_checkpoint(fast, tmp_path / "stage1", {"stage": 1, "step": 1, "finished": True}, None)
+    slow = make_gpu_policy(False, adapter=tmp_path / "stage1")
+    found = []
+    for policy in (fast, slow):
+        with torch.no_grad():
+            moved = train.completion_log_probs(policy, *rows, 0.8)
+            with train.reference(policy):
+                found.append((moved, train.completion_log_probs(policy, *rows, 0.8)))
+    for mine, theirs in zip(*found, strict=True):
+        difference = (mine - theirs).abs()
+        assert difference.mean().item() < 0.03
+        assert difference.max().item() < 0.5
+    assert (found[0][0] - found[0][1]).abs().mean().item() > 0.1, "the adapter has moved the policy"
+
+
+@pytest.mark.parametrize("use_unsloth", [pytest.param(True, marks=needs_unsloth), False])
+def test_gradients_reach_every_lora_weight(make_gpu_policy: Callable[..., Any], use_unsloth: bool) -> None:
+    import torch
+
+    import train
+
+    policy = make_gpu_policy(use_unsloth)
+    move(policy)
+    train.completion_log_probs(policy, *ragged_rows(), 1.0).mean().backward()
+    for name, weight in policy.trainable.items():
+        assert weight.dtype == torch.float32
+        assert weight.grad is not None, name
+        assert torch.isfinite(weight.grad).all(), name
+        assert weight.grad.abs().max() > 0, name
+
+
+@needs_unsloth
+def test_right_padding_is_exact_and_left_padding_is_not(make_gpu_policy: Callable[..., Any]) -> None:
+    """Unsloth drops the attention mask in training mode: a left-padded row would attend to its pads."""
+    import torch
+
+    import train
+
+    policy = make_gpu_policy(True)
+    move(policy)
+    prompt, completion = [20, 30, 40], [50, 60, 70, 80]
+    with torch.no_grad():
+        alone = train.completion_log_probs(policy, [prompt], [completion], 1.0)
+        beside = train.completion_log_probs(policy, [prompt, [25] * 90], [completion, [35] * 20], 1.0)[: len(completion)]
+        row = [policy.pad_token_id] * 60 + prompt + completion
+        ids = torch.tensor([row], device=train.DEVICE)
+        with train.autocast(policy):
+            logits = policy.model(input_ids=ids, attention_mask=(ids != policy.pad_token_id).long()).logits
+        left = logits[0, 62:-1].float().log_softmax(-1).gather(1, ids[0, 63:, None])[:, 0]
+    assert (alone - beside).abs().max().item() < 0.05
+    assert (alone - left).abs().max().item() > 0.2
+
+
+@needs_unsloth
+def test_memory_does_not_grow_as_batch_times_tokens_times_vocabulary(make_gpu_policy: Callable[..., Any]) -> None:
+    import torch
+
+    import train
+
+    vocab = 150_000
+    policy = make_gpu_policy(True, vocab_size=vocab)
+    prompts, completions = [[20, 30]] * 32, [[40] * 200] * 32
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    train.completion_log_probs(policy, prompts, completions, 1.0).mean().backward()
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < 32 * 200 * vocab * 4 / 3
+
+
+@pytest.mark.parametrize("use_unsloth", [pytest.param(True, marks=needs_unsloth), False])
+def test_the_decoder_samples_from_the_policy_that_is_trained(make_gpu_policy: Callable[..., Any], use_unsloth: bool) -> None:
+    import torch
+
+    import train
+
+    policy = make_gpu_policy(use_unsloth)
+    move(policy)
+    assert policy.decoder is not None
+    prompts = ragged_rows(24)[0]
+    completions, sampled = train.sample(policy, prompts, 48, 0.9, "seed")
+    again, _ = train.sample(policy, prompts, 48, 0.9, "seed")
+    assert completions == again
+    with torch.no_grad():
+        trained = train.completion_log_probs(policy, prompts, completions, 0.9).cpu()
+    drift = (trained - torch.tensor([p for row in sampled for p in row])).abs()
+    assert len(drift) > 200
+    assert drift.mean().item() < 0.03
+    assert drift.max().item() < 0.6
+
+
+@needs_unsloth
+def test_the_shipped_default_smokes_on_the_gpu_with_unsloth(tmp_path: Path) -> None:
+    command = [sys.executable, "train.py", "--config", "configs/tiny.yaml", "--smoke", "8", "--set", f"output.dir={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = tmp_path.iterdir()
+    results = json.loads((folder / "results.json").read_text())
+    assert results["versions"]["unsloth"]
+    assert results["device"] != "cpu"
+    assert [line["checkpoint"] for line in results["evals"]] == ["pretrain", "stage1", "stage2"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["event"] == "train"]
+    assert {line["stage"] for line in steps} == {1, 2}
+    assert steps[0]["kl_attempt1"] < 1e-3, "the first batch is sampled from the reference"
+    assert not any(line["skipped"] for line in steps)
+    assert all(line["peak_memory_gb"] > 0 for line in steps)
