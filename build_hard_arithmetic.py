@@ -39,7 +39,7 @@ def make_problems(count: int, operation: str, digits: int, seed: int) -> list[di
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/arithmetic.yaml", help="its model, prompts, extractor and budgets")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override a key")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.SUB=VALUE", help="override keys")
     parser.add_argument("--model", help="model to find failures of; the config's by default")
     parser.add_argument("--operation", choices=sorted(OPERATIONS), default="subtraction")
     parser.add_argument("--digits", type=int, default=5)

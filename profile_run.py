@@ -122,7 +122,7 @@ def compare_static_cache(train, policy, examples, config) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override a key")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.SUB=VALUE", help="override keys")
     parser.add_argument("--n", type=int, default=32, help="problems of one optimizer step")
     parser.add_argument("--compare", action="store_true", help="time model.generate too, also with a static cache")
     args = parser.parse_args()

@@ -37,6 +37,7 @@ import difflib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import math
 import netrc
 import os
@@ -112,11 +113,18 @@ class ModelConfig(Section):
     load_in_4bit: bool = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] = {}
-    fast_inference: Literal[False] = False  # vLLM rollouts are not supported: `decoder` is the fast path
-    gradient_checkpointing: bool | Literal["unsloth"] = True
+    fast_inference: bool = False
+    gradient_checkpointing: Literal[True, False, "unsloth"] = True
     decoder: Literal["auto", "graph", "generate"] = "auto"
     trust_remote_code: bool = False
     lora: LoraConfig = LoraConfig()
+
+    @field_validator("fast_inference")
+    @classmethod
+    def no_second_engine(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("vLLM rollouts are not supported; set it to false: model.decoder is the fast path")
+        return value
 
 
 class DatasetConfig(Section):
@@ -171,7 +179,7 @@ class TrainConfig(Section):
     max_new_tokens_attempt2: int = Field(512, ge=1)
     max_prompt_length_attempt1: int = Field(512, ge=1)
     max_prompt_length_attempt2: int = Field(1536, ge=1)
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     checkpoint_every: int | None = Field(None, ge=1)
     max_skipped_steps: int = Field(10, ge=1)
 
@@ -210,11 +218,11 @@ def did_you_mean(word: str, words: Any) -> str:
 
 
 def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Every dotted key of the schema, for suggestions."""
+    """Every dotted key of the schema, sections included, for suggestions."""
     keys = []
     for name, info in section.model_fields.items():
         nested = isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
-        keys += known_keys(info.annotation, f"{prefix}{name}.") if nested else [prefix + name]
+        keys += [prefix + name, *(known_keys(info.annotation, f"{prefix}{name}.") if nested else [])]
     return keys
 
 
@@ -222,7 +230,7 @@ def fault_lines(error: ValidationError) -> list[str]:
     """One line a fault: the key, the bad value, what would be right."""
     lines = []
     for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"] if part not in ("bool", "literal['unsloth']"))
+        key = ".".join(map(str, fault["loc"]))
         value = f" (got {fault['input']!r})" if not isinstance(fault["input"], dict) else ""
         if fault["type"] == "extra_forbidden":
             name = str(fault["loc"][-1])
@@ -272,37 +280,34 @@ def check_config(raw: dict[str, Any]) -> Config:
     """Validates a whole config.
 
     Raises UserError that lists every fault at once, one a line: also those between keys, which are looked for with
-    the faulty keys put back to their defaults."""
-    lines, patched = [], copy.deepcopy(raw)
-    try:
-        config = Config.model_validate(raw)
-    except ValidationError as error:
-        lines = fault_lines(error)
-        for fault in error.errors():
-            set_key(patched, [str(part) for part in fault["loc"]], "missing" if fault["type"] == "missing" else None)
+    the faulty keys put back to their defaults (or to any text, where there is none)."""
+    lines, config, patched = [], None, copy.deepcopy(raw)
+    for _ in range(4):  # a patch can bring up another fault: a section that was no mapping now lacks its keys
         try:
             config = Config.model_validate(patched)
-        except ValidationError:
-            config = None
+            break
+        except ValidationError as error:
+            lines = lines or fault_lines(error)
+            for fault in error.errors():
+                patch_key(patched, list(map(str, fault["loc"])), missing=fault["type"] == "missing")
     lines += budget_faults(config) if config else []
     if lines:
         raise UserError("\n".join(lines))
     return config
 
 
-def set_key(tree: dict[str, Any], path: list[str], value: Any) -> None:
-    """tree[a][b][...] = value, making mappings on the way; None removes the key."""
-    for part in path[:-1]:
-        if not isinstance(tree.get(part), dict):
-            if value is None and part in tree:
-                tree.pop(part)  # the fault lies inside a scalar or a list: drop the whole of it
-                return
-            tree[part] = {}
+def patch_key(tree: dict[str, Any], path: list[str], missing: bool) -> None:
+    """Removes the faulty value at `path`, or gives a missing required key a stand-in."""
+    *parents, name = path
+    for part in parents:
+        if not isinstance(tree.get(part), dict):  # the fault lies inside a list: drop the whole of it
+            tree.pop(part, None)
+            return
         tree = tree[part]
-    if value is None:
-        tree.pop(path[-1], None)
+    if missing:
+        tree[name] = {} if name in Config.model_fields and name != "run_name" else "missing"
     else:
-        tree[path[-1]] = value
+        tree.pop(name, None)
 
 
 def read_config(path: str, overrides: list[str] = ()) -> Config:
@@ -337,7 +342,7 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespac
     """Reads flags and config. Raises UserError; argparse itself exits with 2 on a bad flag."""
     parser = argparse.ArgumentParser(description="SCoRe: two-stage RL for self-correction on one GPU.")
     parser.add_argument("--config", required=True, help="YAML file; configs/tiny.yaml explains every key")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override a key")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.SUB=VALUE", help="override keys")
     parser.add_argument("--smoke", type=int, metavar="N", help="train on N examples, evaluate at most N: a quick check")
     parser.add_argument("--start-stage", type=int, choices=(1, 2), default=1, help="2 skips Stage I")
     parser.add_argument("--resume-adapter", metavar="DIR", help="adapter to start from (needed by --start-stage 2)")
@@ -406,6 +411,7 @@ if __name__ == "__main__":  # a fault in the config costs a second, not the minu
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import warns of a coming change there
 
 import numpy as np
 import torch
@@ -483,7 +489,7 @@ def autocast(policy: Policy) -> Any:
 
 
 def load_tokenizer(config: Config) -> Any:
-    """The tokenizer, with a chat template and a pad token. Raises UserError."""
+    """The tokenizer with its chat template. Raises UserError."""
     name = config.model.name
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=config.model.trust_remote_code)
@@ -497,8 +503,6 @@ def load_tokenizer(config: Config) -> Any:
         tokenizer.chat_template = config.model.chat_template if inline else file.read_text()
     if not tokenizer.chat_template:
         raise UserError(f"model.name: {name} has no chat template; set model.chat_template to one or pick a chat model")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
@@ -536,7 +540,8 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, trust_remote_code=config.model.trust_remote_code,
                 quantization_config=quantization if config.model.load_in_4bit else None,
-            ).to(DEVICE)
+                device_map={"": DEVICE} if DEVICE.type != "cpu" else None,
+            )
             if config.model.gradient_checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
                 model.enable_input_require_grads()
@@ -549,7 +554,8 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
     # A model's own generation_config (top_k, top_p, repetition penalty) would sample from another policy than the one
     # whose log-probs are trained: keep its token ids and nothing else.
     eos = eos_ids(model, tokenizer)
-    model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=pad)
     model.peft_config["default"].base_model_name_or_path = name
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -559,7 +565,7 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
     for_training()
     bridge, think_prefix = attempt2_bridge(tokenizer, config)
     longest = config.train.max_prompt_length_attempt2 + config.train.max_new_tokens_attempt2
-    policy = Policy(model, tokenizer, eos, tokenizer.pad_token_id, think_prefix, bridge, for_generation, for_training,
+    policy = Policy(model, tokenizer, eos, pad, think_prefix, bridge, for_generation, for_training,
                     micro_tokens=config.train.micro_batch_size * longest)
     check_log_prob_route(policy)
     reason = "model.decoder is generate" if config.model.decoder == "generate" else why_not_decodable(model)
@@ -568,7 +574,7 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
     if reason:
         say(f"Rollouts use model.generate: {reason}.")
     else:
-        policy.decoder = Decoder(model, eos, tokenizer.pad_token_id)
+        policy.decoder = Decoder(model, eos, pad)
     return policy
 
 
@@ -631,12 +637,13 @@ def load_examples(config: Config, tokenizer: Any) -> tuple[list[Example], list[E
                 raise UserError(f"dataset.name: {wanted.name} has no {split} split; it has {', '.join(splits)}. "
                                 "Set dataset.split to one of them and dataset.test_split_size to hold rows out")
         train, test = splits["train"], splits["test"]
-        test = test.select(range(min(wanted.test_split_size or len(test), len(test))))
     train, test = read_rows(train, "train", config), read_rows(test, "test", config)
     seen = {question for question, _ in test}
-    kept = [row for row in train if row[0] not in seen]
+    kept, test = [row for row in train if row[0] not in seen], test[: wanted.test_split_size]
     if len(kept) < len(train):
         say(f"Warning: {len(train) - len(kept)} train rows are also test rows; they are not trained on.")
+    if not kept:
+        raise UserError(f"dataset.name: every train row of {wanted.name} is also a test row; nothing is left to learn")
     return tuple(encode_rows(rows, split, config, tokenizer) for rows, split in ((kept, "train"), (test, "test")))
 
 
@@ -1247,7 +1254,7 @@ class Decoder:
                     layer[:, :fewer, :, : longest + made] = layer[:, kept, :, : longest + made]
                 rows, looks = fewer, []
 
-    def _graph(self, rows: int) -> "torch.cuda.CUDAGraph":
+    def _graph(self, rows: int) -> torch.cuda.CUDAGraph:
         """The captured token step of this batch size. Warming up moves the state, so it is put back."""
         if rows not in self.graphs:
             state, side, graph = self.state.clone(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -1504,7 +1511,7 @@ def rows_that_fit(policy: Policy, slots: int) -> int:
     config = policy.model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    row = 4 * config.num_hidden_layers * kv_heads * head_dim * slots + 8 * config.vocab_size  # bf16 K, V; float32 logits
+    row = 4 * config.num_hidden_layers * kv_heads * head_dim * slots + 8 * config.vocab_size  # bf16 K, V; f32 logits
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return max(1, int(free / 2 / row))
 
@@ -1587,6 +1594,8 @@ def check_log_prob_route(policy: Policy) -> None:
     """Some architectures scale or cap their logits after the head; those would be trained on wrong log-probs. Refuse.
 
     Compares the fused route with the model's own logits on one short row. Raises UserError."""
+    if type(policy.model.get_base_model().get_output_embeddings()) is not torch.nn.Linear:
+        raise UserError("model.lora.target_modules: the output head cannot be adapted; leave lm_head out")
     row = [i % len(policy.tokenizer) for i in range(5, 17)]
     with torch.no_grad():
         fused = completion_log_probs(policy, [row[:1]], [row[1:]], 1.0)

@@ -72,10 +72,12 @@ def build_tokenizer(eos: str | None = IM_END, pad: str | None = PAD, template: s
     )
 
 
-def build_model(folder: Path, vocab_size: int = 0, hidden: int = 32, tied: bool = False, seed: int = 0, **names: Any) -> Path:
+def build_model(
+    folder: Path, vocab_size: int = 0, hidden: int = 32, tied: bool = False, seed: int = 0, **names: Any
+) -> Path:
     """Writes a random Qwen3 with a tokenizer into `folder`. `names`: eos, pad and template of the tokenizer.
 
-    Tags and ends are frequent in its samples, and its generation_config asks for narrowed sampling and names several EOS
+    Tags and ends are frequent in its samples; its generation_config asks for narrowed sampling and names several EOS
     ids, as a real model's does."""
     import torch
     import transformers
@@ -84,9 +86,18 @@ def build_model(folder: Path, vocab_size: int = 0, hidden: int = 32, tied: bool 
     ids = tokenizer.convert_tokens_to_ids
     torch.manual_seed(seed)
     config = transformers.Qwen3Config(
-        vocab_size=vocab_size or len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=hidden // 4, max_position_embeddings=512,
-        tie_word_embeddings=tied, initializer_range=0.3, bos_token_id=None, eos_token_id=ids(IM_END),
+        vocab_size=vocab_size or len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=hidden // 4,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=ids(IM_END),
         pad_token_id=ids(PAD),
     )
     model = transformers.Qwen3ForCausalLM(config)
@@ -100,7 +111,12 @@ def build_model(folder: Path, vocab_size: int = 0, hidden: int = 32, tied: bool 
             head[:, 0] = 0.0
             head[[*ids(TAGS), ids(IM_END), ids(END_OF_TEXT)], 0] = 2.0
     model.generation_config = transformers.GenerationConfig(
-        do_sample=True, temperature=0.6, top_k=5, top_p=0.5, repetition_penalty=1.3, pad_token_id=ids(PAD),
+        do_sample=True,
+        temperature=0.6,
+        top_k=5,
+        top_p=0.5,
+        repetition_penalty=1.3,
+        pad_token_id=ids(PAD),
         eos_token_id=[ids(IM_END), ids(END_OF_TEXT)],
     )
     model.save_pretrained(folder)
@@ -170,8 +186,14 @@ def random_attempt(rng: Any, rows: int, budget: int, eos: int, vocab: int = 100,
     completions = [tokens + [eos] if row % 2 else tokens for row, tokens in enumerate(completions)]
     rewards = [rng.choice([0.0, 0.25, 0.5, 1.0]) for _ in range(rows)]
     return train.Attempt(
-        prompts=prompts, completions=completions, texts=[""] * rows, rewards=rewards, correct=[False] * rows,
-        truncated=[row % 2 == 0 for row in range(rows)], sampled_log_probs=None, seconds=1.0,
+        prompts=prompts,
+        completions=completions,
+        texts=[""] * rows,
+        rewards=rewards,
+        correct=[False] * rows,
+        truncated=[row % 2 == 0 for row in range(rows)],
+        sampled_log_probs=None,
+        seconds=1.0,
     )
 
 
@@ -204,14 +226,23 @@ def raw_config(tiny_dir: Path, data_dir: Path, tmp_path: Path) -> dict[str, Any]
     return {
         "run_name": "test",
         "model": {
-            "name": str(tiny_dir), "max_seq_length": 160, "gradient_checkpointing": False, "lora": {"r": 4, "alpha": 8}
+            "name": str(tiny_dir),
+            "max_seq_length": 160,
+            "gradient_checkpointing": False,
+            "lora": {"r": 4, "alpha": 8},
         },
         "dataset": {"name": str(data_dir), "input_field": "question", "target_field": "answer"},
         "prompts": {"self_correction": SELF_CORRECTION},
         "train": {
-            "stage1_batch_size": 8, "stage2_batch_size": 8, "micro_batch_size": 4, "learning_rate": 0.01,
-            "max_new_tokens_attempt1": 8, "max_new_tokens_attempt2": 12, "max_prompt_length_attempt1": 48,
-            "max_prompt_length_attempt2": 100, "seed": 1,
+            "stage1_batch_size": 8,
+            "stage2_batch_size": 8,
+            "micro_batch_size": 4,
+            "learning_rate": 0.01,
+            "max_new_tokens_attempt1": 8,
+            "max_new_tokens_attempt2": 12,
+            "max_prompt_length_attempt1": 48,
+            "max_prompt_length_attempt2": 100,
+            "seed": 1,
         },
         "eval": {"batch_size": 4},
         "output": {"dir": str(tmp_path / "outputs")},

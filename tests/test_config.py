@@ -31,44 +31,47 @@ def config_file(raw_config: dict[str, Any], tmp_path: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize(("key", "value", "words"), [
-    ("train.learnin_rate", 1e-5, ["did you mean", "learning_rate"]),
-    ("modle", {}, ["did you mean", "model"]),
-    ("model.lora.rank", 8, ["unknown"]),
-    ("train.lora", {"r": 8}, ["model.lora"]),
-    ("learning_rate", 1e-5, ["train.learning_rate"]),  # the right name in the wrong section
-    ("train.max_grad_norm", "high", ["number", "high"]),
-    ("train.micro_batch_size", "8", ["integer", "'8'"]),
-    ("train.micro_batch_size", 8.0, ["integer", "8.0"]),
-    ("train.micro_batch_size", True, ["integer", "True"]),
-    ("train.alpha", True, ["number", "True"]),
-    ("run_name", 7, ["string", "7"]),
-    ("model.load_in_4bit", 1, ["boolean", "1"]),
-    ("model.load_in_4bit", "yes", ["boolean", "yes"]),
-    ("model.gradient_checkpointing", "unslot", ["unslot"]),
-    ("model.lora.target_modules", "q_proj", ["list", "q_proj"]),
-    ("model.lora.target_modules", [], ["at least 1"]),
-    ("model.lora", None, ["LoraConfig", "None"]),
-    ("train", 5, ["5"]),
-    ("train.learning_rate", 0, ["greater than 0"]),
-    ("train.learning_rate", float("nan"), ["nan"]),
-    ("train.beta1", -0.1, ["greater than or equal to 0", "-0.1"]),
-    ("train.beta1", float("inf"), ["finite"]),
-    ("train.generation_temperature", 0, ["greater than 0"]),
-    ("train.max_new_tokens_attempt1", 0, ["greater than or equal to 1"]),
-    ("train.num_generations", 0, ["greater than or equal to 1"]),
-    ("train.stage1_epochs", -1, ["greater than or equal to 0"]),
-    ("train.seed", -1, ["greater than or equal to 0"]),
-    ("train.checkpoint_every", 0, ["greater than or equal to 1"]),
-    ("model.lora.dropout", 1.0, ["less than 1"]),
-    ("eval.generation_temperature", -1.0, ["greater than or equal to 0"]),
-    ("train.baseline", "leave-one-out", ["did you mean leave_one_out"]),
-    ("train.length_norm", "token", ["'sequence' or 'constant'"]),
-    ("reward.fn", "format_and_mach", ["did you mean format_and_match"]),
-    ("reward.answer_extractor", "gsm8k", ["gsm8k_hash"]),
-    ("run_name", "../elsewhere", ["../elsewhere"]),
-    ("model.fast_inference", True, ["vLLM"]),
-])
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("train.learnin_rate", 1e-5, ["did you mean", "learning_rate"]),
+        ("modle", {}, ["did you mean", "model"]),
+        ("model.lora.rank", 8, ["unknown"]),
+        ("train.lora", {"r": 8}, ["model.lora"]),
+        ("learning_rate", 1e-5, ["train.learning_rate"]),  # the right name in the wrong section
+        ("train.max_grad_norm", "high", ["number", "high"]),
+        ("train.micro_batch_size", "8", ["integer", "'8'"]),
+        ("train.micro_batch_size", 8.0, ["integer", "8.0"]),
+        ("train.micro_batch_size", True, ["integer", "True"]),
+        ("train.alpha", True, ["number", "True"]),
+        ("run_name", 7, ["string", "7"]),
+        ("model.load_in_4bit", 1, ["boolean", "1"]),
+        ("model.load_in_4bit", "yes", ["boolean", "yes"]),
+        ("model.gradient_checkpointing", "unslot", ["unslot"]),
+        ("model.lora.target_modules", "q_proj", ["list", "q_proj"]),
+        ("model.lora.target_modules", [], ["at least 1"]),
+        ("model.lora", None, ["LoraConfig", "None"]),
+        ("train", 5, ["5"]),
+        ("train.learning_rate", 0, ["greater than 0"]),
+        ("train.learning_rate", float("nan"), ["nan"]),
+        ("train.beta1", -0.1, ["greater than or equal to 0", "-0.1"]),
+        ("train.beta1", float("inf"), ["finite"]),
+        ("train.generation_temperature", 0, ["greater than 0"]),
+        ("train.max_new_tokens_attempt1", 0, ["greater than or equal to 1"]),
+        ("train.num_generations", 0, ["greater than or equal to 1"]),
+        ("train.stage1_epochs", -1, ["greater than or equal to 0"]),
+        ("train.seed", -1, ["greater than or equal to 0"]),
+        ("train.checkpoint_every", 0, ["greater than or equal to 1"]),
+        ("model.lora.dropout", 1.0, ["less than 1"]),
+        ("eval.generation_temperature", -1.0, ["greater than or equal to 0"]),
+        ("train.baseline", "leave-one-out", ["did you mean leave_one_out"]),
+        ("train.length_norm", "token", ["'sequence' or 'constant'"]),
+        ("reward.fn", "format_and_mach", ["did you mean format_and_match"]),
+        ("reward.answer_extractor", "gsm8k", ["gsm8k_hash"]),
+        ("run_name", "../elsewhere", ["../elsewhere"]),
+        ("model.fast_inference", True, ["False"]),
+    ],
+)
 def test_a_fault_is_named_by_key_value_and_mend(raw_config: dict, key: str, value: Any, words: list[str]) -> None:
     lines = faults(with_keys(raw_config, {key: value}))
     mine = [line for line in lines if line.startswith(f"{key}:")]
@@ -87,44 +90,53 @@ def test_a_missing_required_key_is_named(raw_config: dict, key: str) -> None:
     assert any(line.startswith(f"{key}: required") for line in faults(raw_config))
 
 
-@pytest.mark.parametrize(("changes", "key", "number"), [
-    ({"train.max_prompt_length_attempt2": 56}, "train.max_prompt_length_attempt2", "57"),
-    ({"model.max_seq_length": 111}, "model.max_seq_length", "112"),
-    ({"dataset.split": "train"}, "dataset.test_split_size", None),
-    ({"train.stage1_batch_size": 1}, "train.stage1_batch_size", None),
-    ({"train.stage2_batch_size": 1, "train.baseline": "batch"}, "train.stage2_batch_size", None),
-])
+@pytest.mark.parametrize(
+    ("changes", "key", "number"),
+    [
+        ({"train.max_prompt_length_attempt2": 56}, "train.max_prompt_length_attempt2", "57"),
+        ({"model.max_seq_length": 111}, "model.max_seq_length", "112"),
+        ({"dataset.split": "train"}, "dataset.test_split_size", None),
+        ({"train.stage1_batch_size": 1}, "train.stage1_batch_size", None),
+        ({"train.stage2_batch_size": 1, "train.baseline": "batch"}, "train.stage2_batch_size", None),
+    ],
+)
 def test_keys_that_cannot_go_together(raw_config: dict, changes: dict, key: str, number: str | None) -> None:
     (line,) = faults(with_keys(raw_config, changes))
     assert line.startswith(f"{key}:")
     assert number is None or number in line
 
 
-@pytest.mark.parametrize("changes", [
-    {"model.max_seq_length": 112},
-    {"train.stage1_batch_size": 1, "train.baseline": "none"},
-    {"train.stage1_batch_size": 1, "train.num_generations": 2},
-    {"train.stage1_epochs": 0.5, "train.warmup_steps": 3},
-    {"dataset.split": "train", "dataset.test_split_size": 4},
-    {"model.gradient_checkpointing": "unsloth"},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.max_seq_length": 112},
+        {"train.stage1_batch_size": 1, "train.baseline": "none"},
+        {"train.stage1_batch_size": 1, "train.num_generations": 2},
+        {"train.stage1_epochs": 0.5, "train.warmup_steps": 3},
+        {"dataset.split": "train", "dataset.test_split_size": 4},
+        {"model.gradient_checkpointing": "unsloth"},
+    ],
+)
 def test_keys_that_can_go_together(make_config: Callable[..., Any], changes: dict) -> None:
     make_config(changes)
 
 
 # One fault of each class, and the fault between keys that has to be seen beside it.
-@pytest.mark.parametrize("fault", [
-    {"train.learnin_rate": 1e-5},
-    {"train.micro_batch_size": True},
-    {"train.beta1": -1.0},
-    {"reward.fn": "nope"},
-    {"model.lora.target_modules": ["q_proj", 5]},
-    {"model.gradient_checkpointing": "unslot"},
-    {"run_name": 7},
-    {"run_name": "a/b"},
-    {"dataset.input_field": None},
-    {"model.name": 3},
-])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"train.learnin_rate": 1e-5},
+        {"train.micro_batch_size": True},
+        {"train.beta1": -1.0},
+        {"reward.fn": "nope"},
+        {"model.lora.target_modules": ["q_proj", 5]},
+        {"model.gradient_checkpointing": "unslot"},
+        {"run_name": 7},
+        {"run_name": "a/b"},
+        {"dataset.input_field": None},
+        {"model.name": 3},
+    ],
+)
 def test_every_fault_is_listed_at_once_also_those_between_keys(raw_config: dict, fault: dict) -> None:
     lines = faults(with_keys(raw_config, fault | {"train.max_prompt_length_attempt2": 20, "eval.batch_sise": 3}))
     for key in [*fault, "train.max_prompt_length_attempt2", "eval.batch_sise"]:
@@ -152,15 +164,18 @@ def test_a_seed_that_torch_cannot_take_is_refused(raw_config: dict, seed: int) -
     assert faults(with_keys(raw_config, {"train.seed": seed}))[0].startswith("train.seed")
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("", ["mapping"]),
-    ("# only a comment\n", ["mapping"]),
-    ("- a\n- b\n", ["mapping", "list"]),
-    ("just words", ["mapping", "str"]),
-    ("run_name: [unclosed", ["YAML"]),
-    ("train:\n\tseed: 1\n", ["YAML", "line 2"]),
-    ("a: b: c", ["YAML"]),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["mapping"]),
+        ("# only a comment\n", ["mapping"]),
+        ("- a\n- b\n", ["mapping", "list"]),
+        ("just words", ["mapping", "str"]),
+        ("run_name: [unclosed", ["YAML"]),
+        ("train:\n\tseed: 1\n", ["YAML", "line 2"]),
+        ("a: b: c", ["YAML"]),
+    ],
+)
 def test_a_file_that_is_no_mapping(tmp_path: Path, text: str, words: list[str]) -> None:
     file = tmp_path / "odd.yaml"
     file.write_text(text)
@@ -180,9 +195,16 @@ def test_a_file_that_is_not_text_or_not_there(tmp_path: Path) -> None:
 
 
 def test_set_overrides_a_key(config_file: Path) -> None:
-    overrides = ["train.seed=7", "model.lora.r=2", "train.learning_rate=5e-6", "wandb_project=null",
-                 "prompts.system='Say: a = b'", "model.chat_template_kwargs.enable_thinking=false",
-                 "model.lora.target_modules=[q_proj, v_proj]", "train.seed=8"]
+    overrides = [
+        "train.seed=7",
+        "model.lora.r=2",
+        "train.learning_rate=5e-6",
+        "wandb_project=null",
+        "prompts.system='Say: a = b'",
+        "model.chat_template_kwargs.enable_thinking=false",
+        "model.lora.target_modules=[q_proj, v_proj]",
+        "train.seed=8",
+    ]
     config = train.read_config(str(config_file), overrides)
     assert (config.train.seed, config.model.lora.r, config.train.learning_rate) == (8, 2, 5e-6)
     assert config.wandb_project is None
@@ -191,17 +213,20 @@ def test_set_overrides_a_key(config_file: Path) -> None:
     assert config.model.lora.target_modules == ["q_proj", "v_proj"]
 
 
-@pytest.mark.parametrize(("override", "words"), [
-    ("train.seed", ["key.sub=value"]),
-    ("=3", ["key.sub=value"]),
-    ("train..seed=3", ["key.sub=value"]),
-    ("run_name.x=3", ["run_name", "section"]),
-    ("train.sed=3", ["train.sed", "did you mean", "seed"]),
-    ("train.seed=three", ["train.seed", "three"]),
-    ("train.seed=", ["train.seed"]),
-    ("train.seed=[1", ["train.seed"]),
-    ("train.max_prompt_length_attempt2=20", ["train.max_prompt_length_attempt2"]),
-])
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.seed", ["key.sub=value"]),
+        ("=3", ["key.sub=value"]),
+        ("train..seed=3", ["key.sub=value"]),
+        ("run_name.x=3", ["run_name", "section"]),
+        ("train.sed=3", ["train.sed", "did you mean", "seed"]),
+        ("train.seed=three", ["train.seed", "three"]),
+        ("train.seed=", ["train.seed"]),
+        ("train.seed=[1", ["train.seed"]),
+        ("train.max_prompt_length_attempt2=20", ["train.max_prompt_length_attempt2"]),
+    ],
+)
 def test_set_faults(config_file: Path, override: str, words: list[str]) -> None:
     with pytest.raises(train.UserError) as caught:
         train.read_config(str(config_file), [override])
@@ -209,12 +234,15 @@ def test_set_faults(config_file: Path, override: str, words: list[str]) -> None:
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--start-stage", "2"], ["--start-stage 2", "--resume-adapter"]),
-    (["--resume-adapter", "somewhere"], ["--resume-adapter"]),
-    (["--smoke", "1"], ["--smoke"]),
-    (["--eval-only", "--resume-adapter", "nowhere"], ["nowhere", "adapter_config.json"]),
-])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--start-stage", "2"], ["--start-stage 2", "--resume-adapter"]),
+        (["--resume-adapter", "somewhere"], ["--resume-adapter"]),
+        (["--smoke", "1"], ["--smoke"]),
+        (["--eval-only", "--resume-adapter", "nowhere"], ["nowhere", "adapter_config.json"]),
+    ],
+)
 def test_flags_that_do_not_go_together(config_file: Path, flags: list[str], words: list[str]) -> None:
     with pytest.raises(train.UserError) as caught:
         train.parse_command_line(["--config", str(config_file), *flags])
@@ -234,13 +262,21 @@ def test_smoke_is_a_config_of_its_own(config_file: Path) -> None:
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-trees = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-    st.sampled_from(["name", "lora", "r", "seed", "x"]) | st.integers(), inner, max_size=3), max_leaves=6)
+trees = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["name", "lora", "r", "seed", "x"]) | st.integers(), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(key=st.sampled_from([*train.known_keys(), "model", "train", "dataset", "eval", "model.lora", "odd", "train.odd"]),
-       value=trees)
+@given(
+    key=st.sampled_from([*train.known_keys(), "model", "train", "dataset", "eval", "model.lora", "odd", "train.odd"]),
+    value=trees,
+)
 def test_whatever_stands_under_a_key_is_taken_or_refused_by_name(raw_config: dict, key: str, value: Any) -> None:
     try:
         train.check_config(with_keys(raw_config, {key: value}))
@@ -281,7 +317,9 @@ def test_a_bad_config_exits_with_2_before_torch_is_imported(config_file: Path, w
     assert "torch was imported" in done.stderr
 
 
-@pytest.mark.parametrize("flags", [["--no-such-flag"], ["--start-stage", "3"], ["--start-stage", "2"], ["--smoke", "x"]])
+@pytest.mark.parametrize(
+    "flags", [["--no-such-flag"], ["--start-stage", "3"], ["--start-stage", "2"], ["--smoke", "x"]]
+)
 def test_a_bad_command_line_exits_with_2(config_file: Path, without_torch: dict[str, str], flags: list[str]) -> None:
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(config_file), *flags]
     done = subprocess.run(command, env=without_torch, capture_output=True, text=True, check=False)

@@ -49,7 +49,11 @@ def test_a_folder_of_jsonl_files(load: Callable[..., Any], tmp_path: Path) -> No
 
 
 def test_a_folder_of_parquet_shards_as_the_hub_names_them(load: Callable[..., Any], tmp_path: Path) -> None:
-    for name, rows in (("train-00000-of-00002", ROWS[:4]), ("train-00001-of-00002", ROWS[4:8]), ("test-00000-of-00001", ROWS[8:])):
+    for name, rows in (
+        ("train-00000-of-00002", ROWS[:4]),
+        ("train-00001-of-00002", ROWS[4:8]),
+        ("test-00000-of-00001", ROWS[8:]),
+    ):
         datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"{name}.parquet")
     train_part, test_part = load(tmp_path)
     assert (pairs(train_part), pairs(test_part)) == (EXPECTED[:8], EXPECTED[8:])
@@ -107,16 +111,25 @@ def test_an_empty_target_is_named_by_row(load: Callable[..., Any], tmp_path: Pat
 
 
 def test_a_target_without_an_answer_is_named_by_row(load: Callable[..., Any], tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "train.jsonl", [{"question": row["question"], "answer": f"so #### {row['answer']}"} for row in ROWS[:8]])
-    write_jsonl(tmp_path / "test.jsonl", [{"question": "9+9=?", "answer": "#### 18"}, {"question": "8+9=?", "answer": "17!"}])
+    write_jsonl(
+        tmp_path / "train.jsonl",
+        [{"question": row["question"], "answer": f"so #### {row['answer']}"} for row in ROWS[:8]],
+    )
+    write_jsonl(
+        tmp_path / "test.jsonl", [{"question": "9+9=?", "answer": "#### 18"}, {"question": "8+9=?", "answer": "17!"}]
+    )
     message = fault(load, tmp_path, {"reward.answer_extractor": "gsm8k_hash"})
     assert "row 1 of test" in message
     assert "gsm8k_hash" in message
     assert "17!" in message
 
 
-@pytest.mark.parametrize(("question", "answer", "key"), [(None, "1", "input_field"), ("", "1", "input_field"), ("q", ["1"], "target_field")])
-def test_fields_that_are_no_text_are_named(load: Callable[..., Any], tmp_path: Path, question: Any, answer: Any, key: str) -> None:
+@pytest.mark.parametrize(
+    ("question", "answer", "key"), [(None, "1", "input_field"), ("", "1", "input_field"), ("q", ["1"], "target_field")]
+)
+def test_fields_that_are_no_text_are_named(
+    load: Callable[..., Any], tmp_path: Path, question: Any, answer: Any, key: str
+) -> None:
     write_jsonl(tmp_path / "train.jsonl", [{"question": question, "answer": answer}])
     write_jsonl(tmp_path / "test.jsonl", ROWS[8:])
     message = fault(load, tmp_path)

@@ -14,8 +14,12 @@ import pytest
 from conftest import ROOT, build_model
 
 pytestmark = pytest.mark.gpu
-KEYS = {"model.max_seq_length": 480, "train.max_prompt_length_attempt2": 220, "train.max_new_tokens_attempt2": 256,
-        "train.max_new_tokens_attempt1": 64}
+KEYS = {
+    "model.max_seq_length": 480,
+    "train.max_prompt_length_attempt2": 220,
+    "train.max_new_tokens_attempt2": 256,
+    "train.max_new_tokens_attempt1": 64,
+}
 needs_unsloth = pytest.mark.skipif(not importlib.util.find_spec("unsloth"), reason="needs unsloth")
 
 
@@ -101,7 +105,9 @@ def test_right_padding_is_exact_and_left_padding_is_not(make_gpu_policy: Callabl
     prompt, completion = [20, 30, 40], [50, 60, 70, 80]
     with torch.no_grad():
         alone = train.completion_log_probs(policy, [prompt], [completion], 1.0)
-        beside = train.completion_log_probs(policy, [prompt, [25] * 90], [completion, [35] * 20], 1.0)[: len(completion)]
+        beside = train.completion_log_probs(policy, [prompt, [25] * 90], [completion, [35] * 20], 1.0)[
+            : len(completion)
+        ]
         row = [policy.pad_token_id] * 60 + prompt + completion
         ids = torch.tensor([row], device=train.DEVICE)
         with train.autocast(policy):
@@ -129,7 +135,9 @@ def test_memory_does_not_grow_as_batch_times_tokens_times_vocabulary(make_gpu_po
 
 
 @pytest.mark.parametrize("use_unsloth", [pytest.param(True, marks=needs_unsloth), False])
-def test_the_decoder_samples_from_the_policy_that_is_trained(make_gpu_policy: Callable[..., Any], use_unsloth: bool) -> None:
+def test_the_decoder_samples_from_the_policy_that_is_trained(
+    make_gpu_policy: Callable[..., Any], use_unsloth: bool
+) -> None:
     import torch
 
     import train
@@ -151,7 +159,16 @@ def test_the_decoder_samples_from_the_policy_that_is_trained(make_gpu_policy: Ca
 
 @needs_unsloth
 def test_the_shipped_default_smokes_on_the_gpu_with_unsloth(tmp_path: Path) -> None:
-    command = [sys.executable, "train.py", "--config", "configs/tiny.yaml", "--smoke", "8", "--set", f"output.dir={tmp_path}"]
+    command = [
+        sys.executable,
+        "train.py",
+        "--config",
+        "configs/tiny.yaml",
+        "--smoke",
+        "8",
+        "--set",
+        f"output.dir={tmp_path}",
+    ]
     done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = tmp_path.iterdir()

@@ -252,8 +252,9 @@ def test_k3_cannot_overflow_and_its_cap_is_smooth() -> None:
     places = [9 + i / 100 for i in range(300)]
     values, slopes = zip(*map(at, places), strict=True)
     assert all(a < b for a, b in zip(values, values[1:], strict=False)), "grows with the distance, capped or not"
-    for (a, slope_a), (b, slope_b) in zip(zip(values, slopes, strict=True), zip(values[1:], slopes[1:], strict=True),
-                                          strict=False):
+    for (a, slope_a), (b, slope_b) in zip(
+        zip(values, slopes, strict=True), zip(values[1:], slopes[1:], strict=True), strict=False
+    ):
         assert b - a == pytest.approx((slope_a + slope_b) / 2 * 0.01, rel=0.02), "no jump"
         assert slope_a <= slope_b * (1 + 1e-6) <= slope_a * 1.02, "and no kink"
 
@@ -294,7 +295,9 @@ def test_leave_one_outs_baseline_never_looks_at_its_own_reward(rewards: list[int
     row %= len(rewards)
     other = [r + 5 * (i == row) for i, r in enumerate(rewards)]
     config = settings_of(baseline="leave_one_out")
-    before, after = (train.advantages(torch.tensor(r, dtype=torch.float64), config)[row].item() for r in (rewards, other))
+    before, after = (
+        train.advantages(torch.tensor(r, dtype=torch.float64), config)[row].item() for r in (rewards, other)
+    )
     assert after - before == pytest.approx(5)
 
 
@@ -366,7 +369,9 @@ class Naive:
         return dict(zip(self.weights, found, strict=True))
 
 
-def assert_same_gradients(mine: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], tolerance: float = 1e-4) -> None:
+def assert_same_gradients(
+    mine: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], tolerance: float = 1e-4
+) -> None:
     assert mine.keys() == exact.keys()
     scale = torch.stack([g.double().norm() for g in exact.values()]).norm()
     assert scale > 0
@@ -375,9 +380,15 @@ def assert_same_gradients(mine: dict[str, torch.Tensor], exact: dict[str, torch.
         assert error < tolerance, f"{name}: off by {error:.2e} of the whole gradient"
 
 
-NO_CLIP = {"train.max_grad_norm": 1e9, "train.alpha": 1.5, "train.beta1": 0.3, "train.beta2": 0.8,
-           "train.generation_temperature": 0.7, "train.max_new_tokens_attempt1": BUDGETS[0],
-           "train.max_new_tokens_attempt2": BUDGETS[1]}
+NO_CLIP = {
+    "train.max_grad_norm": 1e9,
+    "train.alpha": 1.5,
+    "train.beta1": 0.3,
+    "train.beta2": 0.8,
+    "train.generation_temperature": 0.7,
+    "train.max_new_tokens_attempt1": BUDGETS[0],
+    "train.max_new_tokens_attempt2": BUDGETS[1],
+}
 
 
 @pytest.fixture
@@ -422,7 +433,9 @@ def test_each_term_counts(scene: Any, make_config: Callable[..., Any]) -> None:
         before, _ = step_gradients(scene.policy, scene.attempts, stage, make_config(NO_CLIP))
         for name in names:
             value = 2 * NO_CLIP[f"train.{name}"]
-            after, _ = step_gradients(scene.policy, scene.attempts, stage, make_config(NO_CLIP | {f"train.{name}": value}))
+            after, _ = step_gradients(
+                scene.policy, scene.attempts, stage, make_config(NO_CLIP | {f"train.{name}": value})
+            )
             with pytest.raises(AssertionError):
                 assert_same_gradients(after, before, 0.01)
 
@@ -480,9 +493,13 @@ def test_no_two_graphs_are_alive_together(
     assert max(kept_at_start) < 0.02 * sum(saved_in_all) / len(kept_at_start)
 
 
-def test_gradients_are_clipped_and_the_norm_before_clipping_reported(scene: Any, make_config: Callable[..., Any]) -> None:
+def test_gradients_are_clipped_and_the_norm_before_clipping_reported(
+    scene: Any, make_config: Callable[..., Any]
+) -> None:
     free, update = step_gradients(scene.policy, scene.attempts, 2, make_config(NO_CLIP))
-    clipped, again = step_gradients(scene.policy, scene.attempts, 2, make_config(NO_CLIP | {"train.max_grad_norm": 0.01}))
+    clipped, again = step_gradients(
+        scene.policy, scene.attempts, 2, make_config(NO_CLIP | {"train.max_grad_norm": 0.01})
+    )
     assert again["grad_norm"] == pytest.approx(update["grad_norm"], rel=1e-4)
     assert torch.stack([g.norm() for g in clipped.values()]).norm().item() == pytest.approx(0.01, rel=1e-3)
     assert_same_gradients({n: g * update["grad_norm"] / 0.01 for n, g in clipped.items()}, free, 1e-3)
@@ -629,12 +646,23 @@ def test_a_saved_adapter_loads_back_bit_for_bit_also_with_plain_peft(
 ) -> None:
     train.save_checkpoint(policy, tmp_path / "stage1", {"stage": 1, "step": 1, "finished": True}, None)
     again, _ = make_policy(adapter=tmp_path / "stage1")
-    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32), tmp_path / "stage1")
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32), tmp_path / "stage1"
+    )
     ids = torch.tensor([[20, 30, 40, 50, 60]])
     with torch.no_grad():
         logits = policy.model(input_ids=ids).logits
         assert torch.equal(again.model(input_ids=ids).logits, logits)
         assert torch.equal(plain(input_ids=ids).logits, logits)
+
+
+def test_an_adapter_with_dropout_loads_back(make_policy: Callable[..., Any], tmp_path: Path) -> None:
+    """Dropout draws anew in each forward; that is no reason to refuse the model."""
+    policy, _ = make_policy({"model.lora.dropout": 0.2})
+    perturb(policy)
+    train.save_checkpoint(policy, tmp_path / "stage1", {"stage": 1, "step": 1, "finished": True}, None)
+    again, _ = make_policy({"model.lora.dropout": 0.2}, adapter=tmp_path / "stage1")
+    assert all(torch.equal(weight, policy.trainable[name]) for name, weight in again.trainable.items())
 
 
 @pytest.mark.parametrize("changes", [{"hidden": 64}, {"tied": False, "vocab_size": 300}])
@@ -670,10 +698,20 @@ def test_a_model_that_caps_its_logits_is_refused(make_policy: Callable[..., Any]
 
     folder = build_model(tmp_path / "model")
     config = transformers.Gemma2Config(
-        vocab_size=len(train.load_tokenizer(SimpleNamespace(
-            model=SimpleNamespace(name=str(folder), trust_remote_code=False, chat_template=None)))),
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, max_position_embeddings=512, final_logit_softcapping=1.0, initializer_range=0.3,
+        vocab_size=len(
+            train.load_tokenizer(
+                SimpleNamespace(model=SimpleNamespace(name=str(folder), trust_remote_code=False, chat_template=None))
+            )
+        ),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        final_logit_softcapping=1.0,
+        initializer_range=0.3,
     )
     transformers.Gemma2ForCausalLM(config).save_pretrained(folder)
     with pytest.raises(train.UserError, match="logits"):
