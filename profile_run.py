@@ -3,6 +3,7 @@
 
     python profile_run.py --config configs/gsm8k.yaml --n 64             # lengths, budgets, tokens/s, seconds, memory
     python profile_run.py --config configs/gsm8k.yaml --n 64 --compare   # the same rollout through model.generate too
+    python profile_run.py --config configs/gsm8k.yaml --decode 32 128    # decoding alone at these batch sizes
 
 Nothing is trained: the update runs with a learning rate of 0. Figures are for this model, these prompts, this card.
 """
@@ -119,12 +120,35 @@ def compare_static_cache(train, policy, examples, config) -> None:
         policy.model.generate = generate
 
 
+def time_decoding(train, policy, examples, sizes: list[int], new_tokens: int, name: str) -> None:
+    """Decodes exactly `new_tokens` tokens a row, EOS ignored, at each batch size: medians of REPEATS after a first."""
+    eos, policy.eos_token_ids = policy.eos_token_ids, []
+    held = policy.decoder.eos.clone() if policy.decoder else None
+    if policy.decoder:
+        policy.decoder.eos.fill_(-1)
+    for size in sizes:
+        prompts = [examples[i % len(examples)].prompt for i in range(size)]
+        first, _ = timed(train, lambda p=prompts: train.sample(policy, p, new_tokens, 1.0, "decode/0"))
+        peak_memory(train)
+        seconds = statistics.median(
+            timed(train, lambda p=prompts, i=i: train.sample(policy, p, new_tokens, 1.0, f"decode/{i}"))[0]
+            for i in range(1, REPEATS + 1))
+        print(f"{name:<42} {size:>5} rows {size * new_tokens / seconds:>9,.0f} tokens/s "
+              f"{1e3 * seconds / new_tokens:>8.2f} ms/token step {seconds:>8.2f} s (first {first:.2f} s) "
+              f"{peak_memory(train):>7.2f} GiB", flush=True)
+    policy.eos_token_ids = eos
+    if policy.decoder:
+        policy.decoder.eos.copy_(held)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.SUB=VALUE", help="override keys")
     parser.add_argument("--n", type=int, default=32, help="problems of one optimizer step")
     parser.add_argument("--compare", action="store_true", help="time model.generate too, also with a static cache")
+    parser.add_argument("--decode", type=int, nargs="+", metavar="ROWS", help="time decoding alone at these batches")
+    parser.add_argument("--tokens", type=int, default=256, help="new tokens a row for --decode")
     args = parser.parse_args()
     if args.n < 2:
         parser.error(f"--n {args.n}: needs at least 2 problems")
@@ -134,7 +158,7 @@ def main() -> int:
     try:
         config = train.read_config(args.config, args.set)
         tokenizer = train.load_tokenizer(config)
-        examples = train.load_examples(config, tokenizer)[0][: args.n]
+        pool = train.load_examples(config, tokenizer)[0]
         policy = train.load_policy(config, tokenizer)
     except train.UserError as error:
         print(error, file=sys.stderr)
@@ -142,9 +166,18 @@ def main() -> int:
     import torch
 
     card = torch.cuda.get_device_name() if train.DEVICE.type == "cuda" else train.DEVICE.type
+    examples = pool[: args.n]
     print(f"{config.model.name} on {card}; {len(examples)} problems x {config.train.num_generations} rollouts\n")
     examples = [example for example in examples for _ in range(config.train.num_generations)]
     name = "generate, as loaded" if policy.decoder is None else "built-in decoder"
+    if args.decode:
+        print(f"Decoding {args.tokens} tokens a row, prefill included, EOS ignored; medians of {REPEATS}")
+        time_decoding(train, policy, pool, args.decode, args.tokens, name)
+        if args.compare and policy.decoder:
+            decoder, policy.decoder = policy.decoder, None
+            time_decoding(train, policy, pool, args.decode, args.tokens, "generate, as loaded")
+            policy.decoder = decoder
+        print("\nOne Stage II step: both attempts at the config's budgets, EOS respected")
     rollout, attempts = time_rollout(train, policy, examples, config, name)
     optimizer = torch.optim.AdamW(policy.trainable.values(), lr=0.0, weight_decay=0.0)
     first, _ = timed(train, lambda: train.improve(policy, optimizer, attempts, 2, config))

@@ -562,6 +562,8 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
             parameter.data = parameter.data.float()
     if adapter:
         load_adapter(model, adapter)
+    if DEVICE.type == "cpu" and model.num_parameters() < 2**24:
+        torch.set_num_threads(1)  # matrices this small keep threads waiting for one another, worse beside another job
     for_training()
     bridge, think_prefix = attempt2_bridge(tokenizer, config)
     longest = config.train.max_prompt_length_attempt2 + config.train.max_new_tokens_attempt2
@@ -1498,7 +1500,7 @@ def sample(
     with generating(policy):
         output = policy.model.generate(
             input_ids=ids.to(DEVICE), attention_mask=mask.to(DEVICE), max_new_tokens=max_new_tokens,
-            eos_token_id=policy.eos_token_ids, pad_token_id=policy.pad_token_id,
+            eos_token_id=policy.eos_token_ids or -1, pad_token_id=policy.pad_token_id,
             **(sampled if temperature > 0 else dict(do_sample=False)),
         )
     return [until_eos(row, policy.eos_token_ids) for row in output[:, width:].tolist()], None
