@@ -42,6 +42,7 @@ import math
 import netrc
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -49,7 +50,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -355,6 +356,8 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespac
         raise UserError("--start-stage 2: needs --resume-adapter DIR, the Stage I adapter to start from")
     if args.resume_adapter and not (args.start_stage == 2 or args.eval_only):
         raise UserError("--resume-adapter: goes with --start-stage 2 or --eval-only; --resume continues a run")
+    if args.resume and args.overwrite:
+        raise UserError("--overwrite: deletes what --resume would continue; give one of them")
     if args.smoke is not None:
         if args.smoke < 2:
             raise UserError(f"--smoke {args.smoke}: needs at least 2 examples")
@@ -652,6 +655,7 @@ def load_examples(config: Config, tokenizer: Any) -> tuple[list[Example], list[E
 def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
     """The dataset's splits by name, from a file, a folder (of files, or one written by save_to_disk) or the hub."""
     path = Path(wanted.name)
+    path = next((path / sub for sub in (wanted.config_name, "data") if sub and (path / sub).is_dir()), path)  # a clone
     readers = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
     try:
         if path.is_dir() and any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
@@ -1599,7 +1603,7 @@ def check_log_prob_route(policy: Policy) -> None:
     if type(policy.model.get_base_model().get_output_embeddings()) is not torch.nn.Linear:
         raise UserError("model.lora.target_modules: the output head cannot be adapted; leave lm_head out")
     row = [i % len(policy.tokenizer) for i in range(5, 17)]
-    with torch.no_grad():
+    with torch.no_grad(), reference(policy):  # the adapter's dropout would differ between the two
         fused = completion_log_probs(policy, [row[:1]], [row[1:]], 1.0)
         with autocast(policy):
             logits = policy.model(input_ids=torch.tensor([row], device=DEVICE)).logits[0, :-1].float()
@@ -1678,7 +1682,7 @@ def accumulate_gradients(policy: Policy, attempt: Attempt, returns: torch.Tensor
         loss.backward()
         stats["loss"] += loss.item()
         stats["kl_sum"] += kl.sum().item()
-        stats["kl_max"] = max(stats["kl_max"], kl.max().item())
+        stats["kl_max"] = float(np.maximum(stats["kl_max"], kl.max().item()))  # unlike max, keeps a NaN
         stats["tokens"] += len(log_probs)
         if attempt.sampled_log_probs is not None:
             sampled = torch.tensor([p for r in rows for p in attempt.sampled_log_probs[r]], device=DEVICE)
@@ -1843,19 +1847,25 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The complete lines of a jsonl file; a last line that a kill cut short is left out."""
+    """The complete lines of a jsonl file; one that a kill cut short is left out."""
     events = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        try:
+        with suppress(ValueError):
             events.append(json.loads(line))
-        except ValueError:
-            break
     return events
 
 
 def append_lines(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Adds rows to a jsonl file, after ending a line that a kill left half written."""
+    cut = file.exists() and file.stat().st_size and not file.read_bytes().endswith(b"\n")
     with file.open("a", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        stream.writelines(["\n"] * bool(cut) + [to_json(row) for row in rows])
+
+
+def to_json(row: dict[str, Any]) -> str:
+    """One line of JSON; a number that is not finite, which JSON lacks, becomes null."""
+    finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+    return json.dumps(finite, ensure_ascii=False) + "\n"
 
 
 @dataclass
@@ -1912,12 +1922,11 @@ def open_run(args: argparse.Namespace, config: Config) -> tuple[Run, Path | None
     the last one; Stage II from an adapter adds to the folder that may hold Stage I."""
     folder = Path(config.output.dir) / config.run_name
     adapter = Path(args.resume_adapter) if args.resume_adapter else None
-    command = "python " + " ".join(sys.argv)
-    taken = sorted(p.name for p in folder.glob("*") if p.name in ("metrics.jsonl", "stage1", "stage2"))
-    adding = args.eval_only or args.resume
+    command, adding = shlex.join(["python", *sys.argv]), args.eval_only or args.resume
+    lines = [e for e in read_lines(folder / "metrics.jsonl") if "eval_only" not in e]
+    taken = ["metrics.jsonl"] * bool(lines) + [s for s in ("stage1", "stage2") if (folder / s).exists()]
     if args.start_stage == 2 and not adding:
-        stage2_events = any(e.get("stage") == 2 for e in read_lines(folder / "metrics.jsonl"))
-        taken = ["stage2"] if stage2_events or (folder / "stage2").exists() else []
+        taken = ["stage2"] if "stage2" in taken or any(e.get("stage") == 2 for e in lines) else []
     if taken and not adding:
         if not (args.overwrite or args.smoke):
             raise UserError(f"output.dir: {folder} already holds a run ({', '.join(taken)}); continue it with "
@@ -1942,7 +1951,8 @@ def open_run(args: argparse.Namespace, config: Config) -> tuple[Run, Path | None
     if args.resume and (folder / "results.json").exists():
         run.seconds_before = json.loads((folder / "results.json").read_text())["seconds_total"]
     if not args.eval_only:
-        rewind(folder, *(checkpoint_place(checkpoint) if checkpoint else (args.start_stage, 0)))
+        fresh = (1, 0 if args.resume else -1) if args.start_stage == 1 else (2, -1)
+        rewind(folder, *(checkpoint_place(checkpoint) if checkpoint else fresh))
     return run, checkpoint
 
 
@@ -1963,14 +1973,17 @@ def check_same_config(file: Path, config: Config) -> None:
 def rewind(folder: Path, stage: int, step: int) -> None:
     """Drops from metrics.jsonl and samples.jsonl what lies past (stage, step), so that resuming adds no line twice.
 
-    Evaluations stand before the steps of the stage they open; those of --eval-only stay."""
-    order = {"pretrain": (0, 0), "stage1": (1, math.inf), "stage2": (2, math.inf)}
+    Evaluations stand after the steps of the stage they close; those of --eval-only stay."""
+    order = {"pretrain": (1, 0), "stage1": (1, math.inf), "stage2": (2, math.inf)}
     for name in ("metrics.jsonl", "samples.jsonl"):
         events = read_lines(folder / name)
-        place = lambda e: (e["stage"], e["step"]) if e["event"] == "train" else order.get(e["checkpoint"])  # noqa: E731
-        kept = [e for e in events if place(e) is None or place(e) <= (stage, step)]
+        kept = []
+        for event in events:  # "adapter" marks the evaluation of the adapter that Stage II started from
+            place = (2, 0) if "adapter" in event else order.get(event.get("checkpoint"))
+            if "eval_only" in event or (place or (event["stage"], event["step"])) <= (stage, step):
+                kept.append(event)
         if (folder / name).exists():
-            write_atomically(folder / name, "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in kept))
+            write_atomically(folder / name, "".join(map(to_json, kept)))
 
 
 def draw_curves(folder: Path) -> None:
@@ -1982,7 +1995,7 @@ def draw_curves(folder: Path) -> None:
 
     events = read_lines(folder / "metrics.jsonl")
     steps = [e for e in events if e["event"] == "train"]
-    evals = [e for e in events if e["event"] == "eval" and "adapter" not in e]
+    evals = [e for e in events if e["event"] == "eval" and "eval_only" not in e]
     x = [e["global_step"] for e in steps]
     window = np.ones(max(1, len(x) // 20))
     panels = {"reward": "mean reward of rollouts", "acc": "accuracy (dots: held out, greedy)",
@@ -1992,9 +2005,11 @@ def draw_curves(folder: Path) -> None:
     for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
         for suffix, color in {"": "tab:green"}.items() if name == "reward_gap" else (("_attempt1", "tab:blue"),
                                                                                    ("_attempt2", "tab:orange")):
-            values = np.array([e[name + suffix] for e in steps])
-            if len(values):
-                smooth = np.convolve(values, window)[: len(x)] / np.convolve(np.ones(len(x)), window)[: len(x)]
+            values = np.array([e[name + suffix] for e in steps], dtype=float)
+            known = np.isfinite(values)
+            if known.any():
+                counts = np.convolve(known, window)[: len(x)]
+                smooth = np.convolve(np.nan_to_num(values), window)[: len(x)] / np.maximum(counts, 1)
                 axis.plot(x, values, color=color, alpha=0.25, linewidth=0.8)
                 axis.plot(x, smooth, color=color, label=suffix.strip("_").replace("attempt", "attempt "))
             if name == "acc":
@@ -2008,7 +2023,7 @@ def draw_curves(folder: Path) -> None:
         axis.axhline(0, color="black", linewidth=0.5)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("optimizer step")
-        if steps and name != "reward_gap":
+        if axis.get_legend_handles_labels()[1] and name != "reward_gap":
             axis.legend(fontsize=7)
     figure.savefig(folder / ".curves.png.tmp", dpi=110, format="png")
     plt.close(figure)
@@ -2169,7 +2184,11 @@ def stage_batches(stage: int, examples: int, config: Config) -> list[list[int]]:
     size, epochs = (getattr(config.train, f"stage{stage}_{key}") for key in ("batch_size", "epochs"))
     if epochs > 0 and examples < size:
         raise UserError(f"train.stage{stage}_batch_size: {size} is more than the {examples} train examples; lower it")
-    return shuffled_batches(examples, size, epochs, f"{config.train.seed}/stage{stage}")
+    batches = shuffled_batches(examples, size, epochs, f"{config.train.seed}/stage{stage}")
+    if epochs > 0 and not batches:
+        raise UserError(f"train.stage{stage}_epochs: {epochs} of {examples} examples is less than one step of {size}; "
+                        "raise it, or set 0 to skip the stage")
+    return batches
 
 
 def step_event(stage: int, step: int, global_step: int, attempts: list[Attempt], update: dict) -> dict[str, Any]:
@@ -2194,7 +2213,7 @@ def train_and_evaluate(args: argparse.Namespace, config: Config) -> None:
     train, test = load_examples(config, tokenizer)
     train = train[: args.smoke] if args.smoke else train
     test = test[: config.eval.max_examples]
-    steps = {stage: len(stage_batches(stage, len(train), config)) for stage in (1, 2)}
+    steps = {stage: 0 if args.eval_only else len(stage_batches(stage, len(train), config)) for stage in (1, 2)}
     adapter = checkpoint or (Path(args.resume_adapter) if args.resume_adapter else None)
     policy = load_policy(config, tokenizer, adapter)
     state = json.loads((checkpoint / "state.json").read_text()) if checkpoint else {}
@@ -2203,23 +2222,24 @@ def train_and_evaluate(args: argparse.Namespace, config: Config) -> None:
         f"{steps[1]} + {steps[2]} steps, into {run.folder}")
 
     def record(label: str, step: int, **extra: Any) -> None:
-        done = [e.get("checkpoint") for e in read_lines(run.folder / "metrics.jsonl")]
-        if extra or label not in done:
+        lines = read_lines(run.folder / "metrics.jsonl")
+        if extra or not any(e.get("checkpoint") == label and "eval_only" not in e for e in lines):
             event, samples = evaluate(policy, test, config, label)
-            run.log(event | {"global_step": step} | extra, samples)
+            run.log(event | {"global_step": step} | extra, [row | extra for row in samples])
 
     if args.eval_only:
-        record("adapter" if adapter else "pretrain", 0, adapter=str(adapter))
+        stage = f"stage{checkpoint_place(adapter)[0]}" if adapter and (adapter / "state.json").exists() else "adapter"
+        record(stage if adapter else "pretrain", 0, eval_only=True, adapter=str(adapter) if adapter else None)
     else:
         start_stage, done = checkpoint_place(checkpoint) if checkpoint else (args.start_stage, 0)
         with reference(policy):  # an adapter to start from is not the pretrained model
             record("pretrain", 0)
         if args.start_stage == 2 and not checkpoint:
             record("stage1", steps[1], adapter=args.resume_adapter)
-            save_checkpoint(policy, run.folder / "stage2" / "step_0", {"stage": 2, "step": 0}, None)
+            save_checkpoint(policy, run.folder / "stage2" / "step_0", {"stage": 2, "step": 0}, None)  # for --resume
         for stage in (1, 2):
             before = steps[1] if stage == 2 else 0
-            if stage >= start_stage and steps[stage] > done * (stage == start_stage):
+            if stage >= start_stage and steps[stage] > (done if stage == start_stage else 0):
                 train_stage(policy, train, stage, config, run, checkpoint if stage == start_stage else None, before)
             if stage >= start_stage and steps[stage]:
                 record(f"stage{stage}", before + steps[stage])
@@ -2245,7 +2265,7 @@ def main(args: argparse.Namespace, config: Config) -> int:
         print(f"reward.fn: {error}", file=sys.stderr)
         return 2
     except Interrupted:
-        again = " ".join(part for part in sys.argv if part not in ("--resume", "--overwrite"))
+        again = shlex.join(part for part in sys.argv if part not in ("--resume", "--overwrite"))
         print(f"Interrupted. Continue with: python {again} --resume", file=sys.stderr)
         return 130
     except RunError as error:

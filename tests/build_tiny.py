@@ -17,11 +17,11 @@ Attempt 1's budget of tokens has no room for `long`: it is cut off there and ear
 (CARRY_SHARES) decides what each way is worth: easy is right on 15% of them, ones on 60%, long and redo on all.
 
 What naive two-attempt RL runs into: `redo` is rarer after `ones` than after `easy`, so once attempt 1 has moved to
-`ones` attempt 2 hardly ever tries anything but a copy, and there is nothing left to reinforce. Stage I holds attempt 1
+`ones` attempt 2 seldom tries anything but a copy, and often there is nothing left to reinforce. Stage I holds attempt 1
 where it is while attempt 2 learns to work anew.
 
-Everything is seeded; on one machine with one thread count the same command gives the same bytes. About five minutes
-on one CPU core. The report printed at the end says what the model does.
+Everything is seeded; on one machine with one thread count the same command gives the same bytes. It took nine
+minutes on one core of a busy machine. The report printed at the end says what the model does.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def config_file(raw_config: dict[str, Any], tmp_path: Path) -> Path:
         ("reward.fn", "format_and_mach", ["did you mean format_and_match"]),
         ("reward.answer_extractor", "gsm8k", ["gsm8k_hash"]),
         ("run_name", "../elsewhere", ["../elsewhere"]),
-        ("model.fast_inference", True, ["False"]),
+        ("model.fast_inference", True, ["vLLM"]),
     ],
 )
 def test_a_fault_is_named_by_key_value_and_mend(raw_config: dict, key: str, value: Any, words: list[str]) -> None:

@@ -343,6 +343,28 @@ def test_the_shipped_default_runs_both_stages(tmp_path: Path) -> None:
     assert all((folder / stage / "adapter_model.safetensors").exists() for stage in ("stage1", "stage2"))
 
 
+def test_generations_of_one_prompt_stand_together_and_differ(
+    run_here: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leave-one-out baseline takes consecutive rows as one prompt's."""
+    seen, inner = [], train.improve
+
+    def spy(policy: Any, optimizer: Any, attempts: list[Any], *rest: Any) -> dict[str, Any]:
+        seen.append(attempts)
+        return inner(policy, optimizer, attempts, *rest)
+
+    monkeypatch.setattr(train, "improve", spy)
+    code, printed = run_here("--set", "train.num_generations=3", "--set", "train.stage2_epochs=0")
+    assert code == 0, printed
+    assert len(seen) == STEPS
+    for first, second in seen:
+        assert len(first.prompts) == len(second.prompts) == 8 * 3
+        groups = [first.prompts[row : row + 3] for row in range(0, 24, 3)]
+        assert all(group[0] == group[1] == group[2] for group in groups)
+        assert len({tuple(group[0]) for group in groups}) == 8
+        assert any(first.completions[row] != first.completions[row + 1] for row in range(0, 24, 3))
+
+
 # ------------------------------------------------------------------------------------------------ smoke and eval-only
 
 
