@@ -48,6 +48,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -197,7 +198,7 @@ class OutputConfig(Section):
 
 
 class Config(Section):
-    run_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    run_name: str = Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     wandb_project: str | None = None
     model: ModelConfig
     dataset: DatasetConfig
@@ -317,7 +318,7 @@ def read_config(path: str, overrides: list[str] = ()) -> Config:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2025-13-13 and 0x_ are ValueErrors of yaml
         raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UserError(f"--config {path}: must be a mapping of keys to values, and is {type(raw).__name__}")
@@ -327,7 +328,7 @@ def read_config(path: str, overrides: list[str] = ()) -> Config:
             raise UserError(f"--set {override}: must read key.sub=value")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise UserError(f"--set {override}: the value is not valid YAML") from None
         *parents, name = key.split(".")
         node = raw
@@ -390,6 +391,8 @@ def check_adapter(folder: Path, config: Config) -> None:
                         "outputs/NAME/stage1") from None
     except ValueError:
         raise UserError(f"--resume-adapter {folder}: adapter_config.json is not valid JSON") from None
+    if not isinstance(saved, dict):
+        raise UserError(f"--resume-adapter {folder}: adapter_config.json is a {type(saved).__name__}, not a mapping")
     base, wanted = str(saved.get("base_model_name_or_path")), config.model.name
     same = base == wanted or (Path(base).exists() and Path(wanted).exists() and Path(base).samefile(wanted))
     lora = config.model.lora
@@ -399,7 +402,7 @@ def check_adapter(folder: Path, config: Config) -> None:
         ("model.lora.r", saved.get("r"), lora.r, saved.get("r") == lora.r),
         ("model.lora.alpha", saved.get("lora_alpha"), lora.alpha, saved.get("lora_alpha") == lora.alpha),
         ("model.lora.target_modules", modules, lora.target_modules,
-         isinstance(modules, list) and set(modules) == set(lora.target_modules)),
+         isinstance(modules, list) and set(map(str, modules)) == set(lora.target_modules)),
     ):
         if not fits:
             raise UserError(f"--resume-adapter {folder}: trained with {key} {theirs}, the config says {ours}")
@@ -502,8 +505,11 @@ def load_tokenizer(config: Config) -> Any:
         file = Path(config.model.chat_template)
         inline = "{" in config.model.chat_template
         if not inline and not file.is_file():
-            raise UserError(f"model.chat_template: neither a Jinja template nor a file: {config.model.chat_template}")
-        tokenizer.chat_template = config.model.chat_template if inline else file.read_text()
+            raise UserError(f"model.chat_template: neither a Jinja template nor a file: {config.model.chat_template!r}")
+        try:
+            tokenizer.chat_template = config.model.chat_template if inline else file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"model.chat_template: {file} cannot be read: {first_line(error)}") from None
     if not tokenizer.chat_template:
         raise UserError(f"model.name: {name} has no chat template; set model.chat_template to one or pick a chat model")
     return tokenizer
@@ -514,6 +520,7 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
 
     Both paths give the same model: bf16 (float32 on the CPU), the same LoRA settings, float32 LoRA weights. `adapter`
     holds LoRA weights to start from. Raises UserError for a model or an adapter that does not fit."""
+    bridge, think_prefix = attempt2_bridge(tokenizer, config)
     use_unsloth = DEVICE.type != "cpu" if use_unsloth is None else use_unsloth
     name, lora, seed = config.model.name, config.model.lora, config.train.seed
     dtype = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
@@ -568,7 +575,6 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
     if DEVICE.type == "cpu" and model.num_parameters() < 2**24:
         torch.set_num_threads(1)  # matrices this small keep threads waiting for one another, worse beside another job
     for_training()
-    bridge, think_prefix = attempt2_bridge(tokenizer, config)
     longest = config.train.max_prompt_length_attempt2 + config.train.max_new_tokens_attempt2
     policy = Policy(model, tokenizer, eos, pad, think_prefix, bridge, for_generation, for_training,
                     micro_tokens=config.train.micro_batch_size * longest)
@@ -701,7 +707,7 @@ def read_rows(rows: Any, split: str, config: Config) -> list[tuple[str, str]]:
                 raise UserError(f"dataset.{key}: {row} is {type(text).__name__}, not text")
             if not text.strip():
                 raise UserError(f"dataset.{key}: {row} is empty")
-        if not extract(target):
+        if not is_correct(target, target, extract):
             raise UserError(f"dataset.target_field: {row}: {config.reward.answer_extractor} finds no answer in "
                             f"{target[-60:]!r}; mend the row or choose another reward.answer_extractor")
         pairs.append((question, target))
@@ -1823,7 +1829,7 @@ def note_signal(number: int, _frame: Any) -> None:
     SIGNALS_SEEN.append(number)
     if len(SIGNALS_SEEN) > 1:
         os._exit(130)
-    say("Stopping after this step, with a checkpoint; once more to stop at once.")
+    os.write(1, b"Stopping after this step, with a checkpoint; once more to stop at once.\n")  # print may be in use
 
 
 def stop_if_asked() -> None:
@@ -1836,29 +1842,42 @@ def progress(items: Any, title: str, **kwargs: Any) -> tqdm:
     return tqdm(items, desc=title, leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True, **kwargs)
 
 
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Names what could not be written, which a full disk's error does not. Raises RunError."""
+    try:
+        yield
+    except Exception as error:  # safetensors and tokenizers have classes of their own for the system's errors
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise RunError(f"{place}: cannot be written: {reason}; mend that and go on with --resume") from None
+
+
 def write_atomically(file: Path, text: str) -> None:
-    """The file holds the old text or the new, never half of one."""
+    """The file holds the old text or the new, never half of one. Raises RunError."""
     temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
+    with writing(file), temporary.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(temporary, file)
+        os.replace(temporary, file)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """The complete lines of a jsonl file; one that a kill cut short is left out."""
     events = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+    # A cut can fall inside a character; JSON leaves U+2028 as it is, which splitlines takes for the end of a line.
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []:
         with suppress(ValueError):
             events.append(json.loads(line))
     return events
 
 
 def append_lines(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Adds rows to a jsonl file, after ending a line that a kill left half written."""
+    """Adds rows to a jsonl file, after ending a line that a kill left half written. Raises RunError."""
     cut = file.exists() and file.stat().st_size and not file.read_bytes().endswith(b"\n")
-    with file.open("a", encoding="utf-8") as stream:
+    with writing(file), file.open("a", encoding="utf-8") as stream:
         stream.writelines(["\n"] * bool(cut) + [to_json(row) for row in rows])
 
 
@@ -1875,13 +1894,14 @@ class Run:
     folder: Path
     config: Config
     command: str
+    doomed: Path | None = None  # what --overwrite is to delete
     wandb: Any = None
     seconds_before: float = 0.0
     started: float = field(default_factory=time.time)
 
     def log(self, event: dict[str, Any], samples: list[dict[str, Any]]) -> None:
-        append_lines(self.folder / "metrics.jsonl", [event])
         append_lines(self.folder / "samples.jsonl", samples)
+        append_lines(self.folder / "metrics.jsonl", [event])  # last: with it the step or the evaluation is done
         if self.wandb:
             prefix = f"stage{event['stage']}" if event["event"] == "train" else "eval"
             numbers = {f"{prefix}/{key}": value for key, value in event.items() if isinstance(value, (int, float))}
@@ -1916,13 +1936,13 @@ def git_commit() -> str | None:
 
 
 def open_run(args: argparse.Namespace, config: Config) -> tuple[Run, Path | None]:
-    """Makes or reopens the run folder; returns it and the checkpoint to resume from. Raises UserError.
+    """Finds the run folder and the checkpoint to resume from; changes nothing yet. Raises UserError.
 
     An earlier run in the folder is never overwritten unasked: a fresh start over it is refused. A smoke run replaces
     the last one; Stage II from an adapter adds to the folder that may hold Stage I."""
     folder = Path(config.output.dir) / config.run_name
     adapter = Path(args.resume_adapter) if args.resume_adapter else None
-    command, adding = shlex.join(["python", *sys.argv]), args.eval_only or args.resume
+    adding, doomed = args.eval_only or args.resume, None
     lines = [e for e in read_lines(folder / "metrics.jsonl") if "eval_only" not in e]
     taken = ["metrics.jsonl"] * bool(lines) + [s for s in ("stage1", "stage2") if (folder / s).exists()]
     if args.start_stage == 2 and not adding:
@@ -1934,26 +1954,37 @@ def open_run(args: argparse.Namespace, config: Config) -> tuple[Run, Path | None
         doomed = folder / "stage2" if args.start_stage == 2 else folder
         if adapter and adapter.resolve().is_relative_to(doomed.resolve()):
             raise UserError(f"--overwrite: would delete the adapter to start from, {adapter}")
-        shutil.rmtree(doomed, ignore_errors=True)
-    checkpoint = newest_checkpoint(folder) if args.resume else None
+    if args.resume and (folder / "config.yaml").exists():
+        check_same_config(folder / "config.yaml", config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in [*folder.glob("stage*/.*.tmp"), *folder.glob(".*.tmp")]:  # a kill left them half written
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        if args.resume and (folder / "config.yaml").exists():
-            check_same_config(folder / "config.yaml", config)
-        if not (args.eval_only and (folder / "config.yaml").exists()):
-            text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
-            write_atomically(folder / "config.yaml", text)
-    except OSError as error:
-        raise UserError(f"output.dir: cannot write to {folder}: {error.strerror}") from None
-    run = Run(folder, config, command)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, ValueError) as error:
+        raise UserError(f"output.dir: cannot write to {folder}: {getattr(error, 'strerror', error)}") from None
+    run = Run(folder, config, shlex.join(["python", *sys.argv]), doomed)
+    return run, newest_checkpoint(folder) if args.resume else None
+
+
+def enter_run(args: argparse.Namespace, run: Run, checkpoint: Path | None) -> None:
+    """Readies the run folder, once data, model and adapter have turned out well: until here nothing old is lost."""
+    folder = run.folder
+    if run.doomed:
+        shutil.rmtree(run.doomed)
+        folder.mkdir(exist_ok=True)
+    if args.eval_only and (folder / "config.yaml").exists():  # beside a run, which may be running
+        return
+    text = yaml.safe_dump(run.config.model_dump(), sort_keys=False, allow_unicode=True)
+    write_atomically(folder / "config.yaml", text)
+    halves = [c for c in folder.glob("stage*/step_*") if args.resume and not (c / "state.json").exists()]
+    for leftover in [*folder.glob("stage*/.*.tmp"), *folder.glob(".*.tmp"), *halves]:  # a kill left them
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     if args.resume and (folder / "results.json").exists():
         run.seconds_before = json.loads((folder / "results.json").read_text())["seconds_total"]
     if not args.eval_only:
         fresh = (1, 0 if args.resume else -1) if args.start_stage == 1 else (2, -1)
         rewind(folder, *(checkpoint_place(checkpoint) if checkpoint else fresh))
-    return run, checkpoint
+    if args.resume and (folder / "metrics.jsonl").exists():
+        run.write_results()  # a kill may have come between the line of an evaluation and its results
 
 
 def check_same_config(file: Path, config: Config) -> None:
@@ -1973,14 +2004,18 @@ def check_same_config(file: Path, config: Config) -> None:
 def rewind(folder: Path, stage: int, step: int) -> None:
     """Drops from metrics.jsonl and samples.jsonl what lies past (stage, step), so that resuming adds no line twice.
 
-    Evaluations stand after the steps of the stage they close; those of --eval-only stay."""
+    Evaluations stand after the steps of the stage they close; those of --eval-only stay. Samples without their line
+    in metrics.jsonl, which is written after them, go too: what they belong to is done again."""
     order = {"pretrain": (1, 0), "stage1": (1, math.inf), "stage2": (2, math.inf)}
+    mark = lambda e: [e.get(key) for key in ("event", "checkpoint", "stage", "step", "adapter")]  # noqa: E731
+    logged = [mark(event) for event in read_lines(folder / "metrics.jsonl")]
     for name in ("metrics.jsonl", "samples.jsonl"):
         events = read_lines(folder / name)
         kept = []
         for event in events:  # "adapter" marks the evaluation of the adapter that Stage II started from
             place = (2, 0) if "adapter" in event else order.get(event.get("checkpoint"))
-            if "eval_only" in event or (place or (event["stage"], event["step"])) <= (stage, step):
+            past = "eval_only" not in event and (place or (event["stage"], event["step"])) > (stage, step)
+            if not past and mark(event) in logged:
                 kept.append(event)
         if (folder / name).exists():
             write_atomically(folder / name, "".join(map(to_json, kept)))
@@ -2025,9 +2060,10 @@ def draw_curves(folder: Path) -> None:
         axis.set_xlabel("optimizer step")
         if axis.get_legend_handles_labels()[1] and name != "reward_gap":
             axis.legend(fontsize=7)
-    figure.savefig(folder / ".curves.png.tmp", dpi=110, format="png")
+    with writing(folder / "curves.png"):
+        figure.savefig(folder / ".curves.png.tmp", dpi=110, format="png")
+        os.replace(folder / ".curves.png.tmp", folder / "curves.png")
     plt.close(figure)
-    os.replace(folder / ".curves.png.tmp", folder / "curves.png")
 
 
 def start_wandb(run: Run, run_id: str | None) -> None:
@@ -2076,29 +2112,34 @@ def save_checkpoint(policy: Policy, folder: Path, state: dict, optimizer: torch.
     state.json comes last: a folder without it is not a checkpoint. safetensors and JSON only."""
     temporary = folder.parent / f".{folder.name}.tmp" if folder.name.startswith("step_") else folder / ".end.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    policy.model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
-    policy.tokenizer.save_pretrained(str(temporary))
-    if optimizer:
-        moments = {f"{name}/{key}": value.contiguous() for name, parameter in policy.trainable.items()
-                   for key, value in optimizer.state[parameter].items()}
-        save_file(moments, temporary / "optimizer.safetensors")
-    (temporary / "state.json").write_text(json.dumps(state, indent=1))
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-    if folder.exists():
-        (folder / "state.json").unlink(missing_ok=True)
-        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "state.json"):
-            os.replace(file, folder / file.name)
-        temporary.rmdir()
-    else:
-        os.rename(temporary, folder)
+    with writing(folder):
+        temporary.mkdir(parents=True)
+        policy.model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
+        policy.tokenizer.save_pretrained(str(temporary))
+        if optimizer:
+            moments = {f"{name}/{key}": value.contiguous() for name, parameter in policy.trainable.items()
+                       for key, value in optimizer.state[parameter].items()}
+            save_file(moments, temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        if folder.exists():
+            (folder / "state.json").unlink(missing_ok=True)
+            for file in sorted(temporary.iterdir(), key=lambda file: file.name == "state.json"):
+                os.replace(file, folder / file.name)
+            temporary.rmdir()
+        else:
+            os.rename(temporary, folder)
 
 
 def load_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, file: Path) -> None:
-    moments = load_file(file)
+    try:
+        moments = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--resume: {file} cannot be read: {first_line(error)}; delete its folder to resume from the "
+                        "checkpoint before it") from None
     for name, parameter in policy.trainable.items():
         prefix = f"{name}/"
         optimizer.state[parameter] = {
@@ -2123,6 +2164,7 @@ def prune_checkpoints(folder: Path, keep: int | None) -> None:
     """Deletes all but the newest `keep` mid-stage checkpoints of a stage."""
     steps = sorted((f.parent for f in folder.glob("step_*/state.json")), key=lambda c: checkpoint_place(c)[1])
     for old in steps[: -keep if keep else 0]:
+        (old / "state.json").unlink()  # first: what is half deleted is no checkpoint
         shutil.rmtree(old)
 
 
@@ -2216,6 +2258,7 @@ def train_and_evaluate(args: argparse.Namespace, config: Config) -> None:
     steps = {stage: 0 if args.eval_only else len(stage_batches(stage, len(train), config)) for stage in (1, 2)}
     adapter = checkpoint or (Path(args.resume_adapter) if args.resume_adapter else None)
     policy = load_policy(config, tokenizer, adapter)
+    enter_run(args, run, checkpoint)
     state = json.loads((checkpoint / "state.json").read_text()) if checkpoint else {}
     start_wandb(run, state.get("wandb_id"))
     say(f"{config.run_name}: {config.model.name} on {DEVICE.type}, {len(train)} train and {len(test)} test examples, "
@@ -2262,7 +2305,8 @@ def main(args: argparse.Namespace, config: Config) -> int:
         print(error, file=sys.stderr)
         return 2
     except RewardError as error:
-        print(f"reward.fn: {error}", file=sys.stderr)
+        key = "answer_extractor" if str(error).startswith("answer extractor") else "fn"
+        print(f"reward.{key}: {error}", file=sys.stderr)
         return 2
     except Interrupted:
         again = shlex.join(part for part in sys.argv if part not in ("--resume", "--overwrite"))

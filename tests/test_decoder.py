@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
 
@@ -247,7 +248,7 @@ for row, logp in zip((a, b), logps):
 
 def test_triton_kernels_equal_the_torch_path_in_the_interpreter(tmp_path):
     pytest.importorskip("triton")
-    (tmp_path / "tests_of_decoder.py").write_text(open(__file__).read())
+    shutil.copy(__file__, tmp_path / "tests_of_decoder.py")
     paths = [str(tmp_path), os.path.dirname(os.path.abspath(sys.modules[Decoder.__module__].__file__))]
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
     code = INTERPRETED.format(module=Decoder.__module__)
