@@ -4,6 +4,7 @@
     python profile_run.py --config configs/gsm8k.yaml --n 64             # lengths, budgets, tokens/s, seconds, memory
     python profile_run.py --config configs/gsm8k.yaml --n 64 --compare   # the same rollout through model.generate too
     python profile_run.py --config configs/gsm8k.yaml --decode 32 128    # decoding alone at these batch sizes
+    python profile_run.py --samples outputs/score-gsm8k                  # what a finished run's corrections look like
 
 Nothing is trained: the update runs with a learning rate of 0. Figures are for this model, these prompts, this card.
 """
@@ -11,9 +12,17 @@ Nothing is trained: the update runs with a learning rate of 0. Figures are for t
 from __future__ import annotations
 
 import argparse
+import difflib
+import json
+import random
+import shutil
 import statistics
 import sys
+import textwrap
 import time
+from contextlib import suppress
+from itertools import zip_longest
+from pathlib import Path
 
 REPEATS = 3
 
@@ -141,15 +150,79 @@ def time_decoding(train, policy, examples, sizes: list[int], new_tokens: int, na
         policy.decoder.eos.copy_(held)
 
 
+def show_samples(folder: Path, checkpoint: str | None, most: int) -> int:
+    """Prints the evaluated pairs of a run: corrected, broken, changed and copied, side by side with a word diff."""
+    try:
+        lines = (folder / "samples.jsonl").read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        print(f"--samples {folder}: samples.jsonl cannot be read: {error.strerror}", file=sys.stderr)
+        return 2
+    evaluated: dict[str, list[dict]] = {}
+    for line in lines:
+        with suppress(ValueError):  # a line that a kill cut short
+            row = json.loads(line)
+            if row["event"] == "eval" and "eval_only" not in row:
+                evaluated.setdefault(row["checkpoint"], []).append(row)
+    if not evaluated or (checkpoint and checkpoint not in evaluated):
+        known = ", ".join(evaluated) or "nothing yet"
+        print(f"--samples {folder}: no evaluation {checkpoint or ''}; evaluated: {known}", file=sys.stderr)
+        return 2
+    checkpoint = checkpoint or list(evaluated)[-1]
+    rows = evaluated[checkpoint]
+    kinds = {"corrected (i->c)": [], "broken (c->i)": [], "changed, still wrong": [], "changed, still right": [],
+             "copied": []}
+    for row in rows:
+        before, after = row["correct_attempt1"], row["correct_attempt2"]
+        if before != after:
+            kind = "corrected (i->c)" if after else "broken (c->i)"
+        elif row["text_attempt1"] == row["text_attempt2"]:
+            kind = "copied"
+        else:
+            kind = f"changed, still {'right' if after else 'wrong'}"
+        kinds[kind].append(row)
+    print(f"{folder}, {checkpoint}: {len(rows)} rows; " + ", ".join(f"{len(v)} {k}" for k, v in kinds.items()))
+    if checkpoint != "pretrain" and len(evaluated.get("pretrain", [])) == len(rows):
+        pretrain, rng = evaluated["pretrain"], random.Random(0)
+        gains = [b["correct_attempt2"] - a["correct_attempt1"] for a, b in zip(pretrain, rows, strict=True)]
+        means = sorted(statistics.fmean(rng.choices(gains, k=len(gains))) for _ in range(2000))
+        print(f"attempt 2 here minus attempt 1 before training: {statistics.fmean(gains):+.3f} "
+              f"(95% interval {means[50]:+.3f} to {means[1949]:+.3f}, bootstrap over rows)")
+    for kind, members in kinds.items():
+        for row in members[:most]:
+            print(f"\n=== {kind}: target {row['target'].splitlines()[-1][-60:]!r}\n{row['question'].strip()}")
+            print(side_by_side(row["text_attempt1"], row["text_attempt2"]))
+    return 0
+
+
+def side_by_side(first: str, second: str) -> str:
+    """Two texts in two columns; words that only one of them has stand in [-...-] and {+...+}."""
+    a, b = (text.replace("\n", " \n ").split(" ") for text in (first, second))
+    marked: tuple[list[str], list[str]] = [], []
+    for change, a0, a1, b0, b1 in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        for words, column, marks in ((a[a0:a1], marked[0], "[-{}-]"), (b[b0:b1], marked[1], "{{+{}+}}")):
+            column += [w if change == "equal" or not w.strip() else marks.format(w) for w in words]
+    width = max(20, (shutil.get_terminal_size((120, 0)).columns - 3) // 2)
+    columns = [[part for line in " ".join(words).split("\n") for part in textwrap.wrap(line, width) or [""]]
+               for words in marked]
+    return "\n".join(f"{left:<{width}} | {right}" for left, right in zip_longest(*columns, fillvalue=""))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True)
+    parser.add_argument("--config", help="the config to measure")
+    parser.add_argument("--samples", type=Path, metavar="RUN_DIR", help="print a run's corrections instead")
+    parser.add_argument("--checkpoint", help="with --samples: pretrain, stage1 or stage2; the last one if not given")
+    parser.add_argument("--show", type=int, default=3, help="with --samples: pairs of each kind")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.SUB=VALUE", help="override keys")
     parser.add_argument("--n", type=int, default=32, help="problems of one optimizer step")
     parser.add_argument("--compare", action="store_true", help="time model.generate too, also with a static cache")
     parser.add_argument("--decode", type=int, nargs="+", metavar="ROWS", help="time decoding alone at these batches")
     parser.add_argument("--tokens", type=int, default=256, help="new tokens a row for --decode")
     args = parser.parse_args()
+    if args.samples:
+        return show_samples(args.samples, args.checkpoint, args.show)
+    if not args.config:
+        parser.error("--config FILE is needed, or --samples RUN_DIR")
     if args.n < 2:
         parser.error(f"--n {args.n}: needs at least 2 problems")
 

@@ -275,6 +275,16 @@ def is_correct(prediction: str, target: str, extract: Extractor) -> bool:
     return answers_match(_extract(extract, prediction), _extract(extract, target))
 
 
+def majority(texts: list[str], extract: Extractor) -> int:
+    """Index of the first text with the answer that most of the texts give; texts without an answer do not vote."""
+    answers, votes = [_extract(extract, text) for text in texts], {}
+    for index, answer in enumerate(answers):
+        same = next((i for i in votes if answers_match(answer, answers[i])), index)
+        if answer:
+            votes[same] = votes.get(same, 0) + 1
+    return max(votes, key=votes.__getitem__, default=0)
+
+
 def has_pair(text: str, tag: str) -> bool:
     """Does an opening tag come before a closing one?"""
     return 0 <= text.find(f"<{tag}>") < text.rfind(f"</{tag}>")

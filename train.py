@@ -36,12 +36,14 @@ import copy
 import difflib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import logging
 import math
 import netrc
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -51,7 +53,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -62,7 +64,7 @@ from urllib.parse import urlparse
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from reward_function import ANSWER_EXTRACTORS, REWARD_FNS, RewardError, is_correct, score
+from reward_function import ANSWER_EXTRACTORS, REWARD_FNS, RewardError, is_correct, majority, score
 
 
 class UserError(Exception):
@@ -73,8 +75,13 @@ class RunError(Exception):
     """The run cannot go on: one line that says why, exit code 1."""
 
 
-def say(message: str) -> None:
-    """Prints one line without tearing a progress bar."""
+QUIET = False  # --quiet
+
+
+def say(message: str, always: bool = False) -> None:
+    """Prints one line without tearing a progress bar; with --quiet only what is said `always`."""
+    if QUIET and not always:
+        return
     bar = sys.modules.get("tqdm")
     (bar.tqdm.write if bar else print)(message, file=sys.stdout)
     sys.stdout.flush()
@@ -149,16 +156,40 @@ class PromptsConfig(Section):
 
 
 class RewardConfig(Section):
+    module: str | None = None  # first: it registers what the others name
     fn: str = "format_and_match"
     answer_extractor: str = "identity"
+
+    @field_validator("module")
+    @classmethod
+    def is_loaded(cls, file: str | None) -> str | None:
+        if file:
+            load_reward_module(Path(file))
+        return file
 
     @field_validator("fn", "answer_extractor")
     @classmethod
     def is_registered(cls, name: str, field: Any) -> str:
         known = REWARD_FNS if field.field_name == "fn" else ANSWER_EXTRACTORS
-        if name not in known:
+        if name not in known and "module" in field.data:  # else the module's fault says enough
             raise ValueError(f"is not registered; registered are {', '.join(sorted(known))}{did_you_mean(name, known)}")
         return name
+
+
+def load_reward_module(file: Path) -> None:
+    """Runs a Python file that registers rewards and extractors, once. Raises ValueError with a one-line reason."""
+    name = "rewards_of_" + re.sub(r"\W", "_", str(file.resolve()))
+    if name in sys.modules:
+        return
+    if file.suffix != ".py" or not file.is_file():
+        raise ValueError("must be a .py file that exists")
+    spec = importlib.util.spec_from_file_location(name, file)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises
+        del sys.modules[name]
+        raise ValueError(f"cannot be run: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
 
 
 class TrainConfig(Section):
@@ -190,11 +221,15 @@ class EvalConfig(Section):
     batch_size: int = Field(64, ge=1)
     max_examples: int | None = Field(None, ge=1)
     generation_temperature: Real = Field(0.0, ge=0)
+    attempts: int = Field(2, ge=2)
+    samples: int = Field(1, ge=1)
 
 
 class OutputConfig(Section):
     dir: str = Field("outputs", min_length=1)
     keep_checkpoints: int | None = Field(None, ge=1)
+    merge: bool = False
+    push_to_hub: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
 
 
 class Config(Section):
@@ -351,6 +386,7 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespac
     parser.add_argument("--resume", action="store_true", help="continue this run from its newest complete checkpoint")
     parser.add_argument("--eval-only", action="store_true", help="evaluate the base model, or --resume-adapter")
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run of this name left")
+    parser.add_argument("--quiet", action="store_true", help="print the final table and errors only")
     args = parser.parse_args(argv)
     config = read_config(args.config, args.set)
     if args.start_stage == 2 and not (args.resume_adapter or args.resume):
@@ -428,12 +464,15 @@ import torch.nn.functional as F
 DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 DEVICE = torch.device("cpu") if DEVICE is None or DEVICE.type not in ("cuda", "xpu") else DEVICE
 if DEVICE.type != "cpu":
-    import unsloth  # noqa: F401
+    with redirect_stdout(io.StringIO()):  # its banner
+        import unsloth  # noqa: F401
 
 import datasets
+import huggingface_hub
 import transformers
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -531,10 +570,11 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
         if use_unsloth:
             from unsloth import FastLanguageModel
 
-            model, _ = FastLanguageModel.from_pretrained(
-                name, max_seq_length=config.model.max_seq_length, dtype=dtype, load_in_4bit=config.model.load_in_4bit,
-                trust_remote_code=config.model.trust_remote_code, use_exact_model_name=True,
-            )
+            with redirect_stdout(io.StringIO()):
+                model, _ = FastLanguageModel.from_pretrained(
+                    name, max_seq_length=config.model.max_seq_length, dtype=dtype, use_exact_model_name=True,
+                    load_in_4bit=config.model.load_in_4bit, trust_remote_code=config.model.trust_remote_code,
+                )
             checkpointing = config.model.gradient_checkpointing
             model = FastLanguageModel.get_peft_model(
                 model, **shared, use_gradient_checkpointing=checkpointing, random_state=seed
@@ -765,6 +805,11 @@ def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
         raise UserError(f"train.max_prompt_length_attempt2: {train.max_prompt_length_attempt2} cannot hold attempt 1's "
                         f"prompt ({train.max_prompt_length_attempt1}) and completion ({train.max_new_tokens_attempt1}) "
                         f"and the instruction ({len(bridge)} tokens); set it to {need} or more")
+    more = config.eval.attempts - 2  # attempts 3, 4, ... of an evaluation see all before them
+    need += train.max_new_tokens_attempt2 + more * (train.max_new_tokens_attempt2 + len(bridge))
+    if more and need > config.model.max_seq_length:
+        raise UserError(f"eval.attempts: {config.eval.attempts} attempts can take {need} tokens, model.max_seq_length "
+                        f"is {config.model.max_seq_length}; raise that, or lower eval.attempts")
     return bridge, "<think>" if tail.rstrip().endswith("<think>") else ""
 
 
@@ -1447,22 +1492,26 @@ class Attempt:
     seconds: float
 
 
-def roll_out(policy: Policy, examples: list[Example], config: Config, temperature: float, seed: str) -> list[Attempt]:
-    """Samples both attempts at every example; returns [attempt 1, attempt 2] with their rewards.
+def roll_out(policy: Policy, examples: list[Example], config: Config, temperature: float, seed: str,
+             attempts: int = 2) -> list[Attempt]:
+    """Samples the attempts at every example one after the other; returns [attempt 1, attempt 2, ...] with rewards.
 
-    The second prompt holds the first attempt verbatim, reasoning included. Raises RewardError."""
-    prompts = [example.prompt for example in examples]
-    first = make_attempt(policy, prompts, examples, 1, config, temperature, f"{seed}/1")
-    corrections = [prompt + without_eos(completion, policy) + policy.bridge
-                   for prompt, completion in zip(first.prompts, first.completions, strict=True)]
-    return [first, make_attempt(policy, corrections, examples, 2, config, temperature, f"{seed}/2")]
+    A later prompt holds the attempts before it verbatim, reasoning included. Raises RewardError."""
+    made: list[Attempt] = []
+    for number in range(1, attempts + 1):
+        prompts = [example.prompt for example in examples]
+        if made:
+            prompts = [prompt + without_eos(completion, policy) + policy.bridge
+                       for prompt, completion in zip(made[-1].prompts, made[-1].completions, strict=True)]
+        made.append(make_attempt(policy, prompts, examples, number, config, temperature, f"{seed}/{number}"))
+    return made
 
 
 def make_attempt(policy: Policy, prompts: list[list[int]], examples: list[Example], number: int, config: Config,
                  temperature: float, seed: str) -> Attempt:
     """Samples and grades attempt `number` at every example. Raises RewardError."""
     start = time.perf_counter()
-    budget = getattr(config.train, f"max_new_tokens_attempt{number}")
+    budget = getattr(config.train, f"max_new_tokens_attempt{min(number, 2)}")
     completions, log_probs = sample(policy, prompts, budget, temperature, seed)
     answers = [without_eos(completion, policy) for completion in completions]
     texts = policy.tokenizer.batch_decode(answers, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -1742,27 +1791,68 @@ def evaluate(policy: Policy, examples: list[Example], config: Config, checkpoint
     """The paper's metrics on `examples`, greedily unless eval.generation_temperature says otherwise.
 
     Returns the eval event and one sample row an example. "acc" is the share of correct answers, not a mean reward.
-    delta = Acc@t2 - Acc@t1 = i->c - c->i."""
+    delta = Acc@t2 - Acc@t1 = i->c - c->i. With eval.attempts above 2 also the accuracy of the later attempts, with
+    eval.samples above 1 also that of majority votes."""
     size, temperature = config.eval.batch_size, config.eval.generation_temperature
-    start, attempts = time.perf_counter(), []
+    start, batches = time.perf_counter(), []
     for i in progress(range(0, len(examples), size), f"evaluate {checkpoint}"):
         stop_if_asked()
-        attempts.append(roll_out(policy, examples[i : i + size], config, temperature, f"{config.train.seed}/eval/{i}"))
-    first, second = (joined(batches) for batches in zip(*attempts, strict=True))
-    n = len(examples)
+        batches.append(roll_out(policy, examples[i : i + size], config, temperature, f"{config.train.seed}/eval/{i}",
+                                config.eval.attempts))
+    attempts = [joined(parts) for parts in zip(*batches, strict=True)]
+    first, second, n = attempts[0], attempts[1], len(examples)
     pairs = list(zip(first.correct, second.correct, strict=True))
-    event = {
-        "event": "eval", "checkpoint": checkpoint, "n": n,
-        "acc_attempt1": sum(first.correct) / n, "acc_attempt2": sum(second.correct) / n,
+    event = {"event": "eval", "checkpoint": checkpoint, "n": n}
+    for number, attempt in enumerate(attempts, 1):
+        event |= attempt_means(attempt, number)
+    event |= {
         "delta": (sum(second.correct) - sum(first.correct)) / n,
         "delta_i_to_c": sum(b and not a for a, b in pairs) / n, "delta_c_to_i": sum(a and not b for a, b in pairs) / n,
-        "reward_attempt1": sum(first.rewards) / n, "reward_attempt2": sum(second.rewards) / n,
         "edit_distance_ratio": sum(map(edit_distance_ratio, first.completions, second.completions)) / n,
-        "completion_tokens_attempt1": mean_length(first), "completion_tokens_attempt2": mean_length(second),
-        "truncated_attempt1": sum(first.truncated) / n, "truncated_attempt2": sum(second.truncated) / n,
-        "seconds": time.perf_counter() - start,
-    }
-    return event, sample_rows(examples, [first, second], {"event": "eval", "checkpoint": checkpoint})
+    } | intervals(np.array(pairs, dtype=float))
+    if config.eval.samples > 1:
+        event |= vote(policy, examples, config)
+    event["seconds"] = time.perf_counter() - start
+    return event, sample_rows(examples, attempts, {"event": "eval", "checkpoint": checkpoint})
+
+
+def attempt_means(attempt: Attempt, number: int) -> dict[str, float]:
+    """Mean reward, accuracy, length and truncation of one attempt over its rows."""
+    sums = {"reward": sum(attempt.rewards), "acc": sum(attempt.correct), "truncated": sum(attempt.truncated),
+            "completion_tokens": sum(map(len, attempt.completions))}
+    return {f"{name}_attempt{number}": value / len(attempt.completions) for name, value in sums.items()}
+
+
+def intervals(correct: np.ndarray) -> dict[str, list[float]]:
+    """95% bootstrap intervals over rows of Acc@t1, Acc@t2 and delta from correct [n, 2]; the pairs stay together."""
+    rows = np.random.default_rng(0).integers(len(correct), size=(1000, len(correct)))
+    means = correct[rows].mean(1)  # [1000, 2]
+    found = {"acc_attempt1": means[:, 0], "acc_attempt2": means[:, 1], "delta": means[:, 1] - means[:, 0]}
+    return {f"{key}_interval": np.quantile(values, (0.025, 0.975)).round(4).tolist() for key, values in found.items()}
+
+
+def vote(policy: Policy, examples: list[Example], config: Config) -> dict[str, float]:
+    """Majority votes at equal budgets: 2k first attempts in parallel, against k first attempts each corrected once,
+    whose second attempts vote (the paper's inference-scaling comparison). Sampled at the training temperature.
+
+    Returns vote_parallel_{2k} and vote_sequential_{2k}, accuracies, for k = 1, 2, 4, ..., eval.samples."""
+    most, temperature = config.eval.samples, config.train.generation_temperature
+    sizes = sorted({1 << i for i in range(most.bit_length())} | {most})
+    right = {(way, 2 * k): 0 for k in sizes for way in ("parallel", "sequential")}
+    extract, each = ANSWER_EXTRACTORS[config.reward.answer_extractor], max(1, config.eval.batch_size // most)
+    for i in progress(range(0, len(examples), each), "vote"):
+        stop_if_asked()
+        rows, seed = [e for e in examples[i : i + each] for _ in range(most)], f"{config.train.seed}/vote/{i}"
+        first, second = roll_out(policy, rows, config, temperature, seed)
+        more = make_attempt(policy, first.prompts, rows, 1, config, temperature, f"{seed}/more")
+        for row in range(0, len(rows), most):
+            for k in sizes:
+                votes = {"parallel": [(a, r) for a in (first, more) for r in range(row, row + k)],
+                         "sequential": [(second, r) for r in range(row, row + k)]}
+                for way, cast in votes.items():
+                    attempt, winner = cast[majority([a.texts[r] for a, r in cast], extract)]
+                    right[way, 2 * k] += attempt.correct[winner]
+    return {f"vote_{way}_{budget}": count / len(examples) for (way, budget), count in right.items()}
 
 
 def joined(batches: Sequence[Attempt]) -> Attempt:
@@ -1771,10 +1861,6 @@ def joined(batches: Sequence[Attempt]) -> Attempt:
     seconds, log_probs = sum(columns.pop("seconds")), columns.pop("sampled_log_probs")
     rows = {name: [row for part in parts for row in part] for name, parts in columns.items()}
     return Attempt(**rows, sampled_log_probs=None if None in log_probs else sum(log_probs, []), seconds=seconds)
-
-
-def mean_length(attempt: Attempt) -> float:
-    return sum(map(len, attempt.completions)) / len(attempt.completions)
 
 
 def edit_distance_ratio(a: list[int], b: list[int]) -> float:
@@ -1796,20 +1882,34 @@ def sample_rows(examples: list[Example], attempts: list[Attempt], where: dict, m
             f"{key}_attempt{number}": values[row]
             for number, attempt in enumerate(attempts, 1)
             for key, values in (("text", attempt.texts), ("reward", attempt.rewards), ("correct", attempt.correct),
-                                ("truncated", attempt.truncated))
+                                ("truncated", attempt.truncated), ("tokens", [*map(len, attempt.completions)]))
         }
         for row, example in enumerate(examples[:most])
     ]
 
 
 def results_table(evals: list[dict[str, Any]]) -> str:
-    """The evaluations as a markdown table."""
-    columns = {"checkpoint": "checkpoint", "Acc@t1": "acc_attempt1", "Acc@t2": "acc_attempt2", "delta": "delta",
-               "i->c": "delta_i_to_c", "c->i": "delta_c_to_i", "reward 1": "reward_attempt1",
-               "reward 2": "reward_attempt2", "edit distance": "edit_distance_ratio", "n": "n"}
-    cells = [list(columns)] + [[f"{e[k]:.3f}" if isinstance(e[k], float) else str(e[k]) for k in columns.values()]
-                               for e in evals]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    """The evaluations as markdown: the paper's metrics and, where there were votes, a second table of those."""
+    columns = {"checkpoint": "checkpoint", "Acc@t1": "acc_attempt1", "Acc@t2": "acc_attempt2"}
+    columns |= {f"Acc@t{key[11:]}": key for e in evals for key in e if re.fullmatch(r"acc_attempt\d+", key)}
+    columns |= {"delta": "delta", "95%": "delta_interval", "i->c": "delta_i_to_c", "c->i": "delta_c_to_i",
+                "reward 1": "reward_attempt1", "reward 2": "reward_attempt2", "edit distance": "edit_distance_ratio",
+                "n": "n"}
+    table = markdown([list(columns), *([e.get(key) for key in columns.values()] for e in evals)])
+    votes = [[e["checkpoint"], int(key[14:]), e[key], e[key.replace("parallel", "sequential")]]
+             for e in evals for key in e if key.startswith("vote_parallel_")]
+    if not votes:
+        return table
+    header = ["checkpoint", "attempts", "vote of that many first attempts", "of half as many, each corrected once"]
+    return f"{table}\n\n{markdown([header, *votes])}"
+
+
+def markdown(rows: list[list[Any]]) -> str:
+    """A table whose first row is the header."""
+    show = lambda v: ("" if v is None else f"{v:.3f}" if isinstance(v, float)  # noqa: E731
+                      else f"{v[0]:+.3f} to {v[1]:+.3f}" if isinstance(v, list) else str(v))
+    cells = [[show(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
@@ -1839,7 +1939,7 @@ def stop_if_asked() -> None:
 
 def progress(items: Any, title: str, **kwargs: Any) -> tqdm:
     """A progress bar on a terminal; nothing in a log file, where the summary lines say enough."""
-    return tqdm(items, desc=title, leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True, **kwargs)
+    return tqdm(items, desc=title, leave=False, disable=QUIET or not sys.stderr.isatty(), dynamic_ncols=True, **kwargs)
 
 
 @contextmanager
@@ -1896,22 +1996,24 @@ class Run:
     command: str
     doomed: Path | None = None  # what --overwrite is to delete
     wandb: Any = None
+    rollouts: list[dict[str, Any]] = field(default_factory=list)  # of training, since the last table of them
     seconds_before: float = 0.0
     started: float = field(default_factory=time.time)
 
     def log(self, event: dict[str, Any], samples: list[dict[str, Any]]) -> None:
         append_lines(self.folder / "samples.jsonl", samples)
         append_lines(self.folder / "metrics.jsonl", [event])  # last: with it the step or the evaluation is done
-        if self.wandb:
-            prefix = f"stage{event['stage']}" if event["event"] == "train" else "eval"
-            numbers = {f"{prefix}/{key}": value for key, value in event.items() if isinstance(value, (int, float))}
-            self.wandb.log(numbers | {"global_step": event["global_step"]})
         if event["event"] == "eval":
             self.write_results()
-            say(results_table([event]).splitlines()[-1])
+            say(results_table([event]).splitlines()[2])
+        if self.wandb:
+            log_to_wandb(self, event, samples)
+
+    def evals(self) -> list[dict[str, Any]]:
+        return [e for e in read_lines(self.folder / "metrics.jsonl") if e["event"] == "eval"]
 
     def write_results(self) -> None:
-        evals = [e for e in read_lines(self.folder / "metrics.jsonl") if e["event"] == "eval"]
+        evals = self.evals()
         packages = ("torch", "transformers", "peft", "unsloth", "datasets")
         results = {
             "run_name": self.config.run_name, "evals": evals,
@@ -1922,6 +2024,8 @@ class Run:
         }
         write_atomically(self.folder / "results.json", json.dumps(results, indent=1))
         write_atomically(self.folder / "results.md", results_table(evals) + "\n")
+        for stage in self.folder.glob("stage[12]/state.json"):
+            write_atomically(stage.parent / "README.md", model_card(self.config, evals, stage.parent))
         draw_curves(self.folder)
 
 
@@ -2033,7 +2137,7 @@ def draw_curves(folder: Path) -> None:
     evals = [e for e in events if e["event"] == "eval" and "eval_only" not in e]
     x = [e["global_step"] for e in steps]
     window = np.ones(max(1, len(x) // 20))
-    panels = {"reward": "mean reward of rollouts", "acc": "accuracy (dots: held out, greedy)",
+    panels = {"reward": "mean reward of rollouts", "acc": "accuracy (dots: held out, 95% interval)",
               "reward_gap": "reward gap (attempt 2 - attempt 1)", "kl": "KL to the reference, per token (K3)",
               "completion_tokens": "completion tokens", "truncated": "share cut off by the budget"}
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
@@ -2048,8 +2152,10 @@ def draw_curves(folder: Path) -> None:
                 axis.plot(x, values, color=color, alpha=0.25, linewidth=0.8)
                 axis.plot(x, smooth, color=color, label=suffix.strip("_").replace("attempt", "attempt "))
             if name == "acc":
-                held_out = [e[name + suffix] for e in evals]
-                axis.plot([e["global_step"] for e in evals], held_out, "o", color=color, mec="black")
+                held_out = np.array([e[name + suffix] for e in evals])
+                low, high = np.array([e[f"{name}{suffix}_interval"] for e in evals]).reshape(-1, 2).T
+                axis.errorbar([e["global_step"] for e in evals], held_out, (held_out - low, high - held_out), fmt="o",
+                              color=color, mec="black", ecolor="black", elinewidth=0.8, capsize=3)
         boundary = max((e["global_step"] for e in steps if e["stage"] == 1), default=None)
         if boundary and boundary < x[-1]:
             axis.axvline(boundary + 0.5, color="gray", linestyle="--", linewidth=1)
@@ -2088,7 +2194,27 @@ def start_wandb(run: Run, run_id: str | None) -> None:
         say(f"W&B is off: {first_line(error)}")
         return
     if mode == "offline":
-        say(f"W&B is offline; later: wandb sync {Path(run.wandb.dir).parent}")
+        say(f"W&B is offline; later: wandb sync {run.folder / 'wandb'}/offline-run-*")
+
+
+def log_to_wandb(run: Run, event: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+    """Numbers under stage1/, stage2/ or eval/ on one global step; with an evaluation also tables of rollouts,
+    curves.png, and the results as the run's summary."""
+    import wandb
+
+    prefix = f"stage{event['stage']}" if event["event"] == "train" else "eval"
+    numbers = {key: value for key, value in event.items() if isinstance(value, (int, float))}
+    values: dict[str, Any] = {f"{prefix}/{key}": value for key, value in numbers.items()}
+    if event["event"] == "train":
+        run.rollouts = (run.rollouts + samples)[-100:]
+    else:
+        for name, rows in (("eval/samples", samples[:100]), ("train/rollouts", run.rollouts)):
+            if rows:
+                values[name] = wandb.Table(columns=list(rows[0]), data=[[row.get(k) for k in rows[0]] for row in rows])
+        values["curves"] = wandb.Image(str(run.folder / "curves.png"))
+        run.wandb.summary.update({f"{event['checkpoint']}/{key}": value for key, value in numbers.items()})
+        run.rollouts = []
+    run.wandb.log(values | {"global_step": event["global_step"]})
 
 
 def wandb_reachable() -> bool:
@@ -2106,16 +2232,18 @@ def wandb_reachable() -> bool:
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 
-def save_checkpoint(policy: Policy, folder: Path, state: dict, optimizer: torch.optim.Optimizer | None) -> None:
-    """Writes adapter, tokenizer, optimizer state and state.json to a hidden folder, then moves them in place.
-
-    state.json comes last: a folder without it is not a checkpoint. safetensors and JSON only."""
+def save_checkpoint(policy: Policy, folder: Path, state: dict, optimizer: torch.optim.Optimizer | None,
+                    card: str | None = None) -> None:
+    """Writes adapter, tokenizer, model card, optimizer state and state.json to a hidden folder, then moves them in
+    place. state.json comes last: a folder without it is not a checkpoint. safetensors and JSON only."""
     temporary = folder.parent / f".{folder.name}.tmp" if folder.name.startswith("step_") else folder / ".end.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     with writing(folder):
         temporary.mkdir(parents=True)
         policy.model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
         policy.tokenizer.save_pretrained(str(temporary))
+        if card:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
         if optimizer:
             moments = {f"{name}/{key}": value.contiguous() for name, parameter in policy.trainable.items()
                        for key, value in optimizer.state[parameter].items()}
@@ -2168,6 +2296,90 @@ def prune_checkpoints(folder: Path, keep: int | None) -> None:
         shutil.rmtree(old)
 
 
+def model_card(config: Config, evals: list[dict[str, Any]], folder: Path) -> str:
+    """The README.md of a saved adapter: the hub's metadata, how it was made and measured, how to load it."""
+    final = [e for e in evals if e["checkpoint"] == folder.name]
+    local = {name: Path(name).exists() for name in (config.model.name, config.dataset.name)}  # the hub refuses these
+    base, data = (Path(name).name if local[name] else name for name in (config.model.name, config.dataset.name))
+    metadata = huggingface_hub.ModelCardData(
+        base_model=None if local[config.model.name] else base, datasets=None if local[config.dataset.name] else [data],
+        library_name="peft", pipeline_tag="text-generation", model_name=config.run_name,
+        tags=["lora", "score", "self-correction", "reinforcement-learning"], eval_results=[
+            huggingface_hub.EvalResult(
+                task_type="text-generation", dataset_name=data, dataset_type=data, metric_type="accuracy",
+                metric_name=f"accuracy of attempt {number}", metric_value=e[f"acc_attempt{number}"])
+            for e in final[-1:] for number in (1, 2)],
+    )
+    train, where = config.train, config.output.push_to_hub or str(folder)
+    system = f"System prompt:\n\n```\n{config.prompts.system.strip()}\n```\n\n" if config.prompts.system else ""
+    return f"""---
+{metadata.to_yaml()}
+---
+
+# {config.run_name}
+
+A LoRA adapter (r = {config.model.lora.r}) of `{base}`, trained by reinforcement learning to correct its own answers:
+SCoRe, [Kumar et al., ICLR 2025](https://arxiv.org/abs/2409.12917). Data: `{data}`. Reward: `{config.reward.fn}` with
+`{config.reward.answer_extractor}`. Learning rate {train.learning_rate:g}, alpha {train.alpha:g}, beta1 {train.beta1:g},
+beta2 {train.beta2:g}, seed {train.seed}. In the table, `{folder.name}` is this adapter on held-out rows.
+
+{results_table(evals) if evals else "Not evaluated yet."}
+
+## Load
+
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+model, tokenizer = AutoPeftModelForCausalLM.from_pretrained("{where}"), AutoTokenizer.from_pretrained("{where}")
+```
+
+{system}Sent after the first answer, to get the corrected one:
+
+```
+{config.prompts.self_correction.strip()}
+```
+"""
+
+
+def save_merged(policy: Policy, folder: Path) -> None:
+    """The base model with the adapter added to its weights, in bf16, for whoever does without PEFT. Raises RunError.
+
+    4-bit base weights are expanded first and stay so: nothing is rounded to 4 bits a second time."""
+    base, weights = policy.model.get_base_model(), {}
+    for name, module in base.named_modules():
+        layer = getattr(module, "base_layer", module)  # of a module that LoRA wraps
+        if "lora_" in name or "base_layer" in name:
+            continue
+        for key, weight in layer.named_parameters(recurse=False):
+            weight = dequantize_module_weight(layer) if key == "weight" else weight
+            if key == "weight" and layer is not module:
+                weight = weight.float() + module.get_delta_weight("default").float()
+            weights[f"{name}.{key}"] = weight.detach().to("cpu", torch.bfloat16)
+    config = copy.deepcopy(base.config)
+    config.dtype = torch.bfloat16
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        merged = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    merged.load_state_dict(weights, assign=True)
+    merged.tie_weights()
+    with writing(folder):
+        merged.save_pretrained(folder)
+        policy.tokenizer.save_pretrained(folder)
+
+
+def push_to_hub(folder: Path, name: str) -> None:
+    """Uploads the adapter at the end of a stage with its card and tokenizer. Raises RunError."""
+    own = ["step_*", "state.json", ".*"]  # of no use to others
+    try:
+        huggingface_hub.create_repo(name, exist_ok=True)
+        huggingface_hub.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=own)
+    except Exception as error:  # no token, no network, no right to write: each its own class
+        raise RunError(f"output.push_to_hub: {name} was not pushed: {first_line(error)}; the run is complete, push it "
+                       f"with: hf upload {name} {folder}") from None
+    say(f"Pushed {folder} to {name}")
+
+
 # ----------------------------------------------------------------------------------------------------------- stages
 
 
@@ -2213,12 +2425,14 @@ def train_stage(policy: Policy, examples: list[Example], stage: int, config: Con
                            f"{step}); their samples are in {run.folder}/samples.jsonl; lower train.learning_rate")
         last = step == len(batches)
         if not last and (SIGNALS_SEEN or (train.checkpoint_every and step % train.checkpoint_every == 0)):
-            save_checkpoint(policy, folder / f"step_{step}", state | {"step": step}, optimizer)
+            here = folder / f"step_{step}"
+            save_checkpoint(policy, here, state | {"step": step}, optimizer, model_card(config, run.evals(), here))
             prune_checkpoints(folder, config.output.keep_checkpoints)
             draw_curves(run.folder)
-            say(f"Saved {folder / f'step_{step}'} ({now})")
+            say(f"Saved {here} ({now})")
             stop_if_asked()
-    save_checkpoint(policy, folder, state | {"step": len(batches), "finished": True}, None)
+    card = model_card(config, run.evals(), folder)
+    save_checkpoint(policy, folder, state | {"step": len(batches), "finished": True}, None, card)
 
 
 def stage_batches(stage: int, examples: int, config: Config) -> list[list[int]]:
@@ -2237,11 +2451,7 @@ def step_event(stage: int, step: int, global_step: int, attempts: list[Attempt],
     """A train line of metrics.jsonl, timing left to the caller. Means are over the step's rollouts."""
     event: dict[str, Any] = {"event": "train", "stage": stage, "step": step, "global_step": global_step}
     for number, attempt in enumerate(attempts, 1):
-        count = len(attempt.completions)
-        event |= {f"reward_attempt{number}": sum(attempt.rewards) / count,
-                  f"acc_attempt{number}": sum(attempt.correct) / count,
-                  f"completion_tokens_attempt{number}": mean_length(attempt),
-                  f"truncated_attempt{number}": sum(attempt.truncated) / count}
+        event |= attempt_means(attempt, number)
     tokens = sum(len(c) for attempt in attempts for c in attempt.completions)
     event["reward_gap"] = event["reward_attempt2"] - event["reward_attempt1"]
     event["tokens_per_second"] = tokens / sum(attempt.seconds for attempt in attempts)
@@ -2286,10 +2496,15 @@ def train_and_evaluate(args: argparse.Namespace, config: Config) -> None:
                 train_stage(policy, train, stage, config, run, checkpoint if stage == start_stage else None, before)
             if stage >= start_stage and steps[stage]:
                 record(f"stage{stage}", before + steps[stage])
-    say("\n" + results_table([e for e in read_lines(run.folder / "metrics.jsonl") if e["event"] == "eval"]))
-    say(f"Done in {time.time() - run.started:.0f} s: {run.folder}")
+    say("\n" + results_table(run.evals()), always=True)
     if run.wandb:
         run.wandb.finish()
+    final = max(run.folder.glob("stage[12]/adapter_config.json"), default=None) if not args.eval_only else None
+    if final and config.output.merge:
+        save_merged(policy, run.folder / "merged")
+    if final and config.output.push_to_hub:
+        push_to_hub(final.parent, config.output.push_to_hub)
+    say(f"Done in {time.time() - run.started:.0f} s: {run.folder}")
 
 
 # ----------------------------------------------------------------------------------------------------- command line
@@ -2297,6 +2512,8 @@ def train_and_evaluate(args: argparse.Namespace, config: Config) -> None:
 
 def main(args: argparse.Namespace, config: Config) -> int:
     """Runs and turns every way of ending into an exit code: 0 done, 2 the user's input, 130 interrupted, 1 the rest."""
+    global QUIET
+    QUIET = args.quiet
     signal.signal(signal.SIGINT, note_signal)
     signal.signal(signal.SIGTERM, note_signal)
     try:
