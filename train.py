@@ -55,7 +55,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
@@ -76,15 +76,21 @@ class RunError(Exception):
 
 
 QUIET = False  # --quiet
+MAIN = os.environ.get("RANK", "0") == "0"  # of several processes, the one that prints and writes
 
 
 def say(message: str, always: bool = False) -> None:
     """Prints one line without tearing a progress bar; with --quiet only what is said `always`."""
-    if QUIET and not always:
+    if (QUIET and not always) or not MAIN:
         return
     bar = sys.modules.get("tqdm")
     (bar.tqdm.write if bar else print)(message, file=sys.stdout)
     sys.stdout.flush()
+
+
+def on_main(function: Callable) -> Callable:
+    """Decorator for what one process does for all: elsewhere the function does nothing."""
+    return wraps(function)(lambda *args, **kwargs: function(*args, **kwargs) if MAIN else None)
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
@@ -448,7 +454,8 @@ if __name__ == "__main__":  # a fault in the config costs a second, not the minu
     try:
         ARGS, CONFIG = parse_command_line()
     except UserError as error:
-        print(error, file=sys.stderr)
+        if MAIN:
+            print(error, file=sys.stderr)
         sys.exit(2)
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -470,6 +477,8 @@ if DEVICE.type != "cpu":
 import datasets
 import huggingface_hub
 import transformers
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.integrations import dequantize_module_weight
@@ -482,6 +491,10 @@ try:
     import triton.language as tl
 except ImportError:  # a CPU-only installation
     triton = None
+
+# Started with accelerate launch or torchrun there are several processes, a device each: they share out the rows of
+# every batch, roll_out gathers the attempts, improve sums the gradients, so all stay equal. Alone this is one of one.
+PROCESSES = PartialState(cpu=DEVICE.type == "cpu")
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -574,6 +587,7 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
                 model, _ = FastLanguageModel.from_pretrained(
                     name, max_seq_length=config.model.max_seq_length, dtype=dtype, use_exact_model_name=True,
                     load_in_4bit=config.model.load_in_4bit, trust_remote_code=config.model.trust_remote_code,
+                    **({"device_map": {"": PROCESSES.local_process_index}} if PROCESSES.num_processes > 1 else {}),
                 )
             checkpointing = config.model.gradient_checkpointing
             model = FastLanguageModel.get_peft_model(
@@ -1496,14 +1510,21 @@ def roll_out(policy: Policy, examples: list[Example], config: Config, temperatur
              attempts: int = 2) -> list[Attempt]:
     """Samples the attempts at every example one after the other; returns [attempt 1, attempt 2, ...] with rewards.
 
-    A later prompt holds the attempts before it verbatim, reasoning included. Raises RewardError."""
+    A later prompt holds the attempts before it verbatim, reasoning included. Raises RewardError.
+
+    Several processes take a share of the examples each, and all return the whole."""
     made: list[Attempt] = []
+    rank, processes = PROCESSES.process_index, PROCESSES.num_processes
+    examples = examples[rank * len(examples) // processes : (rank + 1) * len(examples) // processes]
+    seed = f"{seed}/process {rank}" if rank else seed
     for number in range(1, attempts + 1):
         prompts = [example.prompt for example in examples]
         if made:
             prompts = [prompt + without_eos(completion, policy) + policy.bridge
                        for prompt, completion in zip(made[-1].prompts, made[-1].completions, strict=True)]
         made.append(make_attempt(policy, prompts, examples, number, config, temperature, f"{seed}/{number}"))
+    if processes > 1:
+        made = [joined(parts, at_once=True) for parts in zip(*gather_object([made]), strict=True)]
     return made
 
 
@@ -1539,6 +1560,8 @@ def sample(
     """Completions of `prompts` sampled from softmax(logits / temperature) over the whole vocabulary; 0 is greedy.
 
     Returns token ids a row, EOS included when reached, and their log-probs where the decoder gives them."""
+    if not prompts:  # more processes than rows
+        return [], [] if policy.decoder else None
     size = rows_that_fit(policy, max(map(len, prompts)) + max_new_tokens)
     if size < len(prompts):
         parts = [sample(policy, prompts[i : i + size], max_new_tokens, temperature, f"{seed}/{i}")
@@ -1703,10 +1726,12 @@ def advantages(returns: torch.Tensor, train: TrainConfig) -> torch.Tensor:
 
 
 def micro_batches(attempt: Attempt, max_tokens: int) -> list[list[int]]:
-    """Row indices, longest first, in groups of at most `max_tokens` tokens with pads (and at least one row)."""
+    """This process's rows by index, longest first, in groups of at most `max_tokens` tokens, pads counted (and at
+    least one row)."""
     lengths = [len(p) + len(c) for p, c in zip(attempt.prompts, attempt.completions, strict=True)]
     batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+    longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    for row in longest_first[PROCESSES.process_index :: PROCESSES.num_processes]:
         if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
             batches.append([])
         batches[-1].append(row)
@@ -1770,6 +1795,8 @@ def improve(policy: Policy, optimizer: torch.optim.Optimizer, attempts: list[Att
             policy.micro_tokens //= 2
         torch.cuda.empty_cache()
         say(f"Out of GPU memory: the update starts over with micro-batches of {policy.micro_tokens} tokens.")
+    if PROCESSES.num_processes > 1:
+        stats = sum_over_processes(policy, stats)
     norm = torch.nn.utils.clip_grad_norm_(policy.trainable.values(), train.max_grad_norm).item()
     loss = sum(s["loss"] for s in stats)
     skipped = not (math.isfinite(loss) and math.isfinite(norm))
@@ -1782,6 +1809,18 @@ def improve(policy: Policy, optimizer: torch.optim.Optimizer, attempts: list[Att
         "kl_attempt1": stats[0]["kl_sum"] / stats[0]["tokens"], "kl_attempt2": stats[1]["kl_sum"] / stats[1]["tokens"],
         "kl_max": max(s["kl_max"] for s in stats), "logprob_drift": max(drifted) if drifted else None,
     }
+
+
+def sum_over_processes(policy: Policy, stats: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Sums the gradients over the processes in one flat all-reduce, and each attempt's statistics (kl_max: the max)."""
+    weights = list(policy.trainable.values())
+    flat = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]  # None: this process had no rows
+    flat = reduce(torch.cat([gradient.flatten() for gradient in flat]), "sum")
+    for weight, gradient in zip(weights, flat.split([w.numel() for w in weights]), strict=True):
+        weight.grad = gradient.view_as(weight)
+    everyones = zip(*gather_object([stats]), strict=True)  # by attempt, then by process
+    return [{key: float(np.max([s[key] for s in parts])) if key == "kl_max" else sum(s[key] for s in parts)
+             for key in parts[0]} for parts in everyones]
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
@@ -1844,7 +1883,7 @@ def vote(policy: Policy, examples: list[Example], config: Config) -> dict[str, f
         stop_if_asked()
         rows, seed = [e for e in examples[i : i + each] for _ in range(most)], f"{config.train.seed}/vote/{i}"
         first, second = roll_out(policy, rows, config, temperature, seed)
-        more = make_attempt(policy, first.prompts, rows, 1, config, temperature, f"{seed}/more")
+        (more,) = roll_out(policy, rows, config, temperature, f"{seed}/more", attempts=1)
         for row in range(0, len(rows), most):
             for k in sizes:
                 votes = {"parallel": [(a, r) for a in (first, more) for r in range(row, row + k)],
@@ -1855,10 +1894,10 @@ def vote(policy: Policy, examples: list[Example], config: Config) -> dict[str, f
     return {f"vote_{way}_{budget}": count / len(examples) for (way, budget), count in right.items()}
 
 
-def joined(batches: Sequence[Attempt]) -> Attempt:
-    """The rows of several batches of one attempt, in order."""
+def joined(batches: Sequence[Attempt], at_once: bool = False) -> Attempt:
+    """The rows of several batches of one attempt, in order, sampled one after the other or by processes at once."""
     columns = {f.name: [getattr(batch, f.name) for batch in batches] for f in fields(Attempt)}
-    seconds, log_probs = sum(columns.pop("seconds")), columns.pop("sampled_log_probs")
+    seconds, log_probs = (max if at_once else sum)(columns.pop("seconds")), columns.pop("sampled_log_probs")
     rows = {name: [row for part in parts for row in part] for name, parts in columns.items()}
     return Attempt(**rows, sampled_log_probs=None if None in log_probs else sum(log_probs, []), seconds=seconds)
 
@@ -1921,25 +1960,32 @@ class Interrupted(Exception):
     """A signal asked the run to stop; everything that is finished has been saved."""
 
 
-SIGNALS_SEEN: list[int] = []
+SIGNALS_SEEN: list[float] = []  # their times
 
 
 def note_signal(number: int, _frame: Any) -> None:
     """First Ctrl-C or SIGTERM: stop after the step in hand. Second: at once."""
-    SIGNALS_SEEN.append(number)
-    if len(SIGNALS_SEEN) > 1:
+    SIGNALS_SEEN.append(time.monotonic())
+    if len(SIGNALS_SEEN) == 1 and MAIN:
+        os.write(1, b"Stopping after this step, with a checkpoint; once more to stop at once.\n")  # print may be in use
+    elif PROCESSES.num_processes == 1 or SIGNALS_SEEN[-1] - SIGNALS_SEEN[0] > 2:  # launchers pass a Ctrl-C on
         os._exit(130)
-    os.write(1, b"Stopping after this step, with a checkpoint; once more to stop at once.\n")  # print may be in use
+
+
+def asked_to_stop() -> bool:
+    """Has any process had a signal? All of them ask together."""
+    return any(gather_object([bool(SIGNALS_SEEN)]))
 
 
 def stop_if_asked() -> None:
-    if SIGNALS_SEEN:
+    if asked_to_stop():
         raise Interrupted
 
 
 def progress(items: Any, title: str, **kwargs: Any) -> tqdm:
     """A progress bar on a terminal; nothing in a log file, where the summary lines say enough."""
-    return tqdm(items, desc=title, leave=False, disable=QUIET or not sys.stderr.isatty(), dynamic_ncols=True, **kwargs)
+    hidden = QUIET or not MAIN or not sys.stderr.isatty()
+    return tqdm(items, desc=title, leave=False, disable=hidden, dynamic_ncols=True, **kwargs)
 
 
 @contextmanager
@@ -2000,6 +2046,7 @@ class Run:
     seconds_before: float = 0.0
     started: float = field(default_factory=time.time)
 
+    @on_main
     def log(self, event: dict[str, Any], samples: list[dict[str, Any]]) -> None:
         append_lines(self.folder / "samples.jsonl", samples)
         append_lines(self.folder / "metrics.jsonl", [event])  # last: with it the step or the evaluation is done
@@ -2069,6 +2116,7 @@ def open_run(args: argparse.Namespace, config: Config) -> tuple[Run, Path | None
     return run, newest_checkpoint(folder) if args.resume else None
 
 
+@on_main
 def enter_run(args: argparse.Namespace, run: Run, checkpoint: Path | None) -> None:
     """Readies the run folder, once data, model and adapter have turned out well: until here nothing old is lost."""
     folder = run.folder
@@ -2125,6 +2173,7 @@ def rewind(folder: Path, stage: int, step: int) -> None:
             write_atomically(folder / name, "".join(map(to_json, kept)))
 
 
+@on_main
 def draw_curves(folder: Path) -> None:
     """curves.png: rewards, accuracy, gap, KL, lengths of both attempts by step (faint: each step), stages marked."""
     import matplotlib
@@ -2172,6 +2221,7 @@ def draw_curves(folder: Path) -> None:
     plt.close(figure)
 
 
+@on_main
 def start_wandb(run: Run, run_id: str | None) -> None:
     """Starts W&B: online with a login and a network, else offline; never prompts, never waits, never stops a run."""
     project = run.config.wandb_project
@@ -2232,6 +2282,7 @@ def wandb_reachable() -> bool:
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 
+@on_main
 def save_checkpoint(policy: Policy, folder: Path, state: dict, optimizer: torch.optim.Optimizer | None,
                     card: str | None = None) -> None:
     """Writes adapter, tokenizer, model card, optimizer state and state.json to a hidden folder, then moves them in
@@ -2288,6 +2339,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(complete, key=checkpoint_place, default=None)
 
 
+@on_main
 def prune_checkpoints(folder: Path, keep: int | None) -> None:
     """Deletes all but the newest `keep` mid-stage checkpoints of a stage."""
     steps = sorted((f.parent for f in folder.glob("step_*/state.json")), key=lambda c: checkpoint_place(c)[1])
@@ -2341,6 +2393,7 @@ model, tokenizer = AutoPeftModelForCausalLM.from_pretrained("{where}"), AutoToke
 """
 
 
+@on_main
 def save_merged(policy: Policy, folder: Path) -> None:
     """The base model with the adapter added to its weights, in bf16, for whoever does without PEFT. Raises RunError.
 
@@ -2368,6 +2421,7 @@ def save_merged(policy: Policy, folder: Path) -> None:
         policy.tokenizer.save_pretrained(folder)
 
 
+@on_main
 def push_to_hub(folder: Path, name: str) -> None:
     """Uploads the adapter at the end of a stage with its card and tokenizer. Raises RunError."""
     own = ["step_*", "state.json", ".*"]  # of no use to others
@@ -2424,13 +2478,15 @@ def train_stage(policy: Policy, examples: list[Example], stage: int, config: Con
             raise RunError(f"loss or gradient was not finite in {skipped_in_a_row} steps in a row (stage {stage}, step "
                            f"{step}); their samples are in {run.folder}/samples.jsonl; lower train.learning_rate")
         last = step == len(batches)
-        if not last and (SIGNALS_SEEN or (train.checkpoint_every and step % train.checkpoint_every == 0)):
+        stop = asked_to_stop()
+        if not last and (stop or (train.checkpoint_every and step % train.checkpoint_every == 0)):
             here = folder / f"step_{step}"
             save_checkpoint(policy, here, state | {"step": step}, optimizer, model_card(config, run.evals(), here))
             prune_checkpoints(folder, config.output.keep_checkpoints)
             draw_curves(run.folder)
             say(f"Saved {here} ({now})")
-            stop_if_asked()
+            if stop:
+                raise Interrupted
     card = model_card(config, run.evals(), folder)
     save_checkpoint(policy, folder, state | {"step": len(batches), "finished": True}, None, card)
 
@@ -2461,6 +2517,7 @@ def step_event(stage: int, step: int, global_step: int, attempts: list[Attempt],
 def train_and_evaluate(args: argparse.Namespace, config: Config) -> None:
     """The whole run: evaluate, Stage I, evaluate, Stage II, evaluate."""
     run, checkpoint = open_run(args, config)
+    PROCESSES.wait_for_everyone()  # until all have read the folder
     tokenizer = load_tokenizer(config)
     train, test = load_examples(config, tokenizer)
     train = train[: args.smoke] if args.smoke else train
@@ -2469,6 +2526,7 @@ def train_and_evaluate(args: argparse.Namespace, config: Config) -> None:
     adapter = checkpoint or (Path(args.resume_adapter) if args.resume_adapter else None)
     policy = load_policy(config, tokenizer, adapter)
     enter_run(args, run, checkpoint)
+    PROCESSES.wait_for_everyone()
     state = json.loads((checkpoint / "state.json").read_text()) if checkpoint else {}
     start_wandb(run, state.get("wandb_id"))
     say(f"{config.run_name}: {config.model.name} on {DEVICE.type}, {len(train)} train and {len(test)} test examples, "
@@ -2527,7 +2585,8 @@ def main(args: argparse.Namespace, config: Config) -> int:
         return 2
     except Interrupted:
         again = shlex.join(part for part in sys.argv if part not in ("--resume", "--overwrite"))
-        print(f"Interrupted. Continue with: python {again} --resume", file=sys.stderr)
+        if MAIN:
+            print(f"Interrupted. Continue with: python {again} --resume", file=sys.stderr)
         return 130
     except RunError as error:
         print(error, file=sys.stderr)
@@ -2539,6 +2598,12 @@ def main(args: argparse.Namespace, config: Config) -> int:
     except OSError as error:
         print(f"{error.filename or config.output.dir}: {error.strerror or error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if PROCESSES.num_processes == 1:
+            raise
+        print(f"Process {PROCESSES.process_index} stops, as another has: {first_line(error)}", file=sys.stderr)
+        return 1
+    PROCESSES.destroy_process_group()
     return 0
 
 
