@@ -9,12 +9,16 @@ import copy
 import importlib.util
 import json
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -279,3 +283,125 @@ def policy(make_policy: Callable[..., Any]) -> Any:
 
 def has_module(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
+
+
+# ------------------------------------------------------------------------------------------------- runs in children
+
+TIMINGS = {"seconds_rollout", "seconds_update", "tokens_per_second", "peak_memory_gb", "seconds"}
+LONGEST = 120  # seconds until a child that hangs is ended
+
+
+def fork_run(argv: list[str], log: Path, before: Callable[[], Any] | None = None, wait: bool = True) -> int:
+    """`python train.py argv` in a forked child, `before` called in it first; `log`.out and .err get its output.
+
+    Returns its exit code, negative for a signal, as subprocess does; with wait=False its process id."""
+    import train
+
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) if wait else pid
+    code = 99
+    try:
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.alarm(LONGEST)
+        train.SIGNALS_SEEN.clear()
+        sys.argv = ["train.py", *argv]
+        if before:
+            before()
+        code = as_from_the_shell(argv)
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def as_from_the_shell(argv: list[str]) -> int:
+    """What `python train.py argv` does, imports apart."""
+    import train
+
+    try:
+        arguments = train.parse_command_line(argv)
+    except train.UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return train.main(*arguments)
+
+
+def output(log: Path, name: str = "err") -> str:
+    return Path(f"{log}.{name}").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    """tiny_run(out, *flags) -> arguments of a run of two stages of six steps, a checkpoint every two, the newest kept.
+
+    Its questions hold characters of several bytes and one that some readers take for the end of a line."""
+    folder = tmp_path_factory.mktemp("tiny_run")
+    data = build_data(folder / "data", train=24, test=6)
+    model = teach_format(build_model(folder / "model"), data, steps=40)
+    for name in ("train", "test"):
+        rows = [json.loads(line) for line in (data / f"{name}.jsonl").read_text().splitlines()]
+        write_jsonl(data / f"{name}.jsonl", [row | {"question": f"{row['question']}\u2028é\x85"} for row in rows])
+    train_keys = {
+        "stage1_batch_size": 4,
+        "stage2_batch_size": 4,
+        "micro_batch_size": 4,
+        "learning_rate": 0.005,
+        "warmup_steps": 3,
+        "max_new_tokens_attempt1": 8,
+        "max_new_tokens_attempt2": 12,
+        "max_prompt_length_attempt1": 48,
+        "max_prompt_length_attempt2": 100,
+        "seed": 1,
+        "checkpoint_every": 2,
+    }
+    lora = {"r": 4, "alpha": 8, "dropout": 0.1}
+    config = {
+        "run_name": "run",
+        "model": {"name": str(model), "max_seq_length": 160, "gradient_checkpointing": False, "lora": lora},
+        "dataset": {"name": str(data), "input_field": "question", "target_field": "answer"},
+        "prompts": {"self_correction": SELF_CORRECTION},
+        "train": train_keys,
+        "output": {"keep_checkpoints": 1},
+    }
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return lambda out, *flags: ["--config", str(file), "--set", f"output.dir={out}", *flags]
+
+
+def no_curves() -> None:
+    """Drawing takes longer than the rest of a run, and no test here looks."""
+    import train
+
+    train.draw_curves = lambda folder: None
+
+
+def ending(folder: Path) -> dict[str, Any]:
+    """All that a run leaves, timings aside."""
+
+    def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    return {
+        "metrics": timeless(lines),
+        "samples": (folder / "samples.jsonl").read_text(encoding="utf-8"),
+        "evals": timeless(json.loads((folder / "results.json").read_text())["evals"]),
+        "table": (folder / "results.md").read_text(),
+    } | {stage: (folder / stage / "adapter_model.safetensors").read_bytes() for stage in ("stage1", "stage2")}
+
+
+def assert_same_ending(folder: Path, whole: SimpleNamespace, why: str) -> None:
+    mine = ending(folder)
+    assert [key for key, value in mine.items() if value != whole.ending[key]] == [], why
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert not [file for file in files if file.suffix in (".bin", ".pt", ".pth", ".pkl", ".pickle")], why
+    assert not [file for file in files if ".tmp" in str(file.relative_to(folder))], why
