@@ -44,6 +44,7 @@ import netrc
 import os
 import random
 import re
+import reprlib
 import shlex
 import shutil
 import signal
@@ -274,7 +275,8 @@ def fault_lines(error: ValidationError) -> list[str]:
     lines = []
     for fault in error.errors():
         key = ".".join(map(str, fault["loc"]))
-        value = f" (got {fault['input']!r})" if not isinstance(fault["input"], dict) else ""
+        key = key if key.isprintable() else repr(key)
+        value = f" (got {reprlib.repr(fault['input'])})" if not isinstance(fault["input"], dict) else ""
         if fault["type"] == "extra_forbidden":
             name = str(fault["loc"][-1])
             home = [other for other in known_keys() if other.split(".")[-1] == name]
@@ -285,7 +287,8 @@ def fault_lines(error: ValidationError) -> list[str]:
             lines.append(f"{key}: required, and not given")
         else:
             message = fault["msg"].removeprefix("Value error, ")
-            close = did_you_mean(str(fault["input"]), (fault.get("ctx") or {}).get("expected", "").split("'")[1::2])
+            choices = (fault.get("ctx") or {}).get("expected", "").split("'")[1::2]
+            close = did_you_mean(reprlib.repr(fault["input"]).strip("'"), choices)
             lines.append(f"{key}: {message[0].lower() + message[1:]}{value}{close}")
     return list(dict.fromkeys(lines))
 
@@ -303,8 +306,8 @@ def budget_faults(config: Config) -> list[str]:
     longest = train.max_prompt_length_attempt2 + train.max_new_tokens_attempt2
     if config.model.max_seq_length < longest:
         faults.append(
-            f"model.max_seq_length: {config.model.max_seq_length} cannot hold max_prompt_length_attempt2 "
-            f"{train.max_prompt_length_attempt2} + max_new_tokens_attempt2 {train.max_new_tokens_attempt2}; "
+            f"model.max_seq_length: {config.model.max_seq_length} cannot hold train.max_prompt_length_attempt2 "
+            f"{train.max_prompt_length_attempt2} + train.max_new_tokens_attempt2 {train.max_new_tokens_attempt2}; "
             f"set it to {longest} or more"
         )
     for stage in (1, 2):
@@ -324,7 +327,7 @@ def check_config(raw: dict[str, Any]) -> Config:
 
     Raises UserError that lists every fault at once, one a line: also those between keys, which are looked for with
     the faulty keys put back to their defaults (or to any text, where there is none)."""
-    lines, config, patched = [], None, copy.deepcopy(raw)
+    lines, config, patched, reset = [], None, copy.deepcopy(raw), set()
     for _ in range(4):  # a patch can bring up another fault: a section that was no mapping now lacks its keys
         try:
             config = Config.model_validate(patched)
@@ -333,7 +336,9 @@ def check_config(raw: dict[str, Any]) -> Config:
             lines = lines or fault_lines(error)
             for fault in error.errors():
                 patch_key(patched, list(map(str, fault["loc"])), missing=fault["type"] == "missing")
-    lines += budget_faults(config) if config else []
+                reset.add(fault["loc"][-1])
+    # A fault between keys of which one was put back is not the user's.
+    lines += [line for line in (budget_faults(config) if config else []) if reset.isdisjoint(re.findall(r"\w+", line))]
     if lines:
         raise UserError("\n".join(lines))
     return config
@@ -359,17 +364,18 @@ def read_config(path: str, overrides: list[str] = ()) -> Config:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2025-13-13 and 0x_ are ValueErrors of yaml
-        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except Exception as error:  # yaml has more than its own: 2025-13-13 is a ValueError, !!bool maybe a KeyError
+        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"--config {path}: must be a mapping of keys to values, and is {type(raw).__name__}")
+        what = "empty" if raw is None else type(raw).__name__
+        raise UserError(f"--config {path}: must be a mapping of keys to values, and is {what}")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
             raise UserError(f"--set {override}: must read key.sub=value")
         try:
             value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError):
+        except Exception:
             raise UserError(f"--set {override}: the value is not valid YAML") from None
         *parents, name = key.split(".")
         node = raw
@@ -382,7 +388,10 @@ def read_config(path: str, overrides: list[str] = ()) -> Config:
 
 
 def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
-    """Reads flags and config. Raises UserError; argparse itself exits with 2 on a bad flag."""
+    """Reads flags and config. Raises UserError."""
+    def refuse(message: str) -> None:
+        raise UserError(f"{message} (--help lists the flags)")
+
     parser = argparse.ArgumentParser(description="SCoRe: two-stage RL for self-correction on one GPU.")
     parser.add_argument("--config", required=True, help="YAML file; configs/tiny.yaml explains every key")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.SUB=VALUE", help="override keys")
@@ -393,6 +402,7 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespac
     parser.add_argument("--eval-only", action="store_true", help="evaluate the base model, or --resume-adapter")
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run of this name left")
     parser.add_argument("--quiet", action="store_true", help="print the final table and errors only")
+    parser.error = refuse  # argparse's own prints the usage too
     args = parser.parse_args(argv)
     config = read_config(args.config, args.set)
     if args.start_stage == 2 and not (args.resume_adapter or args.resume):
@@ -499,6 +509,7 @@ PROCESSES = PartialState(cpu=DEVICE.type == "cpu")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 datasets.disable_progress_bars()
+datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs an error before raising it
 
 # ------------------------------------------------------------------------------------------------------------ model
 
@@ -552,16 +563,19 @@ def load_tokenizer(config: Config) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=config.model.trust_remote_code)
     except Exception as error:  # a wrong name, no network, or a damaged file: each library has its own class for it
-        raise UserError(f"model.name: no tokenizer at {name}: {first_line(error)}") from None
+        place = name if os.path.isdir(name) else f"{name} (no folder here, so a hub id)"
+        raise UserError(f"model.name: no tokenizer at {place}: {first_line(error)}") from None
     if config.model.chat_template:
         file = Path(config.model.chat_template)
         inline = "{" in config.model.chat_template
-        if not inline and not file.is_file():
+        if not inline and not os.path.isfile(file):  # unlike Path.is_file, says no to a text too long for a path
             raise UserError(f"model.chat_template: neither a Jinja template nor a file: {config.model.chat_template!r}")
         try:
             tokenizer.chat_template = config.model.chat_template if inline else file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"model.chat_template: {file} cannot be read: {first_line(error)}") from None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
+        raise UserError(f"model.name: {name} has no tokenizer (tokenizer.json)")
     if not tokenizer.chat_template:
         raise UserError(f"model.name: {name} has no chat template; set model.chat_template to one or pick a chat model")
     return tokenizer
@@ -601,11 +615,17 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
             )
             if config.model.load_in_4bit and DEVICE.type == "cpu":
                 raise UserError("model.load_in_4bit: needs a GPU; set it to false on a CPU")
-            model = transformers.AutoModelForCausalLM.from_pretrained(
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, trust_remote_code=config.model.trust_remote_code,
                 quantization_config=quantization if config.model.load_in_4bit else None,
                 device_map={"": DEVICE} if DEVICE.type != "cpu" else None,
+                output_loading_info=True, ignore_mismatched_sizes=True,  # what is not loaded would be left random
             )
+            if odd := sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]):
+                raise ValueError(f"its weights do not fit its config.json: {odd[0]} lacks or has another shape")
+            modules = [f".{module}" for module, _ in model.named_modules()]
+            if absent := [m for m in lora.target_modules if not any(module.endswith(f".{m}") for module in modules)]:
+                raise UserError(f"model.lora.target_modules: {name} has no {absent[0]}; leave it out or correct it")
             if config.model.gradient_checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
                 model.enable_input_require_grads()
@@ -613,8 +633,11 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
             for_generation, for_training = model.eval, model.train
     except torch.OutOfMemoryError:
         raise UserError(f"model.name: {name} does not fit in GPU memory; set model.load_in_4bit: true") from None
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model.name: {name} cannot be loaded: {first_line(error)}") from None
+    except Exception as error:  # an odd config.json raises what it likes
+        known = isinstance(error, UserError)
+        raise error if known else UserError(f"model.name: {name} cannot be loaded: {first_line(error)}") from None
+    if max(bridge, default=0) >= model.get_input_embeddings().weight.shape[0]:
+        raise UserError(f"model.name: the tokenizer of {name} has tokens that its model lacks: it is another model's")
     # A model's own generation_config (top_k, top_p, repetition penalty) would sample from another policy than the one
     # whose log-probs are trained: keep its token ids and nothing else.
     eos = eos_ids(model, tokenizer)
@@ -654,17 +677,21 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
 
 def load_adapter(model: Any, folder: Path) -> None:
     """Copies saved LoRA weights into `model`. Raises UserError when names or shapes differ, or the file is damaged."""
-    file = folder / "adapter_model.safetensors"
-    try:
-        saved = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--resume-adapter {file}: cannot be read: {first_line(error)}") from None
+    saved = read_weights(folder / "adapter_model.safetensors")
     ours = get_peft_model_state_dict(model, save_embedding_layers=False)
     shapes = lambda weights: {name: tuple(tensor.shape) for name, tensor in weights.items()}  # noqa: E731
     if shapes(saved) != shapes(ours):
         odd = sorted(set(shapes(saved).items()) ^ set(shapes(ours).items()))[0]
         raise UserError(f"--resume-adapter {folder}: is of another base model: {odd[0]} {odd[1]} does not match")
     set_peft_model_state_dict(model, saved)
+
+
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: cannot be read: {first_line(error)}; give another adapter or, to --resume from the "
+                        "checkpoint before it, delete the state.json beside it") from None
 
 
 def first_line(error: BaseException) -> str:
@@ -714,8 +741,8 @@ def load_examples(config: Config, tokenizer: Any) -> tuple[list[Example], list[E
 
 def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
     """The dataset's splits by name, from a file, a folder (of files, or one written by save_to_disk) or the hub."""
-    path = Path(wanted.name)
-    path = next((path / sub for sub in (wanted.config_name, "data") if sub and (path / sub).is_dir()), path)  # a clone
+    folders = (os.path.join(wanted.name, sub) for sub in (wanted.config_name, "data") if sub)  # a clone has one
+    place = path = Path(next(filter(os.path.isdir, folders), wanted.name))
     readers = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
     try:
         if path.is_dir() and any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
@@ -729,8 +756,9 @@ def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
                     split = file.stem.split("-")[0]  # the hub's parquet files are called train-00000-of-00001
                     if suffix != ".json" or split in ("train", "test", wanted.split):
                         loaded.setdefault(split, (reader, []))[1].append(str(file))
-            loaded = {split: datasets.load_dataset(reader, data_files=files, split="train")
-                      for split, (reader, files) in loaded.items()}
+            for split, (reader, files) in loaded.items():
+                place = ", ".join(files)
+                loaded[split] = datasets.load_dataset(reader, data_files=files, split="train")
             if not loaded:
                 raise UserError(f"dataset.name: {path} holds no train/test .jsonl, .parquet, .csv files")
         else:
@@ -739,7 +767,8 @@ def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
         raise
     except Exception as error:  # one class a library, a network and a file format
         cause = error.__cause__ or error
-        raise UserError(f"dataset.name: cannot load {wanted.name}: {first_line(cause)}") from None
+        reason = "it is empty" if isinstance(cause, StopIteration) else first_line(cause)
+        raise UserError(f"dataset.name: cannot load {place}: {reason}") from None
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 
 
@@ -758,9 +787,10 @@ def read_rows(rows: Any, split: str, config: Config) -> list[tuple[str, str]]:
             target = str(target)
         for key, text in (("input_field", question), ("target_field", target)):
             if not isinstance(text, str):
-                raise UserError(f"dataset.{key}: {row} is {type(text).__name__}, not text")
+                what = "null" if text is None else f"a {type(text).__name__}"
+                raise UserError(f"dataset.{key}: {row} is {what}, not text; mend or remove the row")
             if not text.strip():
-                raise UserError(f"dataset.{key}: {row} is empty")
+                raise UserError(f"dataset.{key}: {row} is empty; mend or remove the row")
         if not is_correct(target, target, extract):
             raise UserError(f"dataset.target_field: {row}: {config.reward.answer_extractor} finds no answer in "
                             f"{target[-60:]!r}; mend the row or choose another reward.answer_extractor")
@@ -2017,7 +2047,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []:
         with suppress(ValueError):
             events.append(json.loads(line))
-    return events
+    return [event for event in events if isinstance(event, dict)]
 
 
 def append_lines(file: Path, rows: list[dict[str, Any]]) -> None:
@@ -2094,6 +2124,11 @@ def open_run(args: argparse.Namespace, config: Config) -> tuple[Run, Path | None
     folder = Path(config.output.dir) / config.run_name
     adapter = Path(args.resume_adapter) if args.resume_adapter else None
     adding, doomed = args.eval_only or args.resume, None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, ValueError) as error:
+        raise UserError(f"output.dir: cannot write to {folder}: {getattr(error, 'strerror', error)}") from None
     lines = [e for e in read_lines(folder / "metrics.jsonl") if "eval_only" not in e]
     taken = ["metrics.jsonl"] * bool(lines) + [s for s in ("stage1", "stage2") if (folder / s).exists()]
     if args.start_stage == 2 and not adding:
@@ -2107,13 +2142,14 @@ def open_run(args: argparse.Namespace, config: Config) -> tuple[Run, Path | None
             raise UserError(f"--overwrite: would delete the adapter to start from, {adapter}")
     if args.resume and (folder / "config.yaml").exists():
         check_same_config(folder / "config.yaml", config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except (OSError, ValueError) as error:
-        raise UserError(f"output.dir: cannot write to {folder}: {getattr(error, 'strerror', error)}") from None
-    run = Run(folder, config, shlex.join(["python", *sys.argv]), doomed)
-    return run, newest_checkpoint(folder) if args.resume else None
+    checkpoint = newest_checkpoint(folder) if args.resume else None
+    if args.start_stage == 2 and not (checkpoint or adapter):
+        raise UserError(f"--start-stage 2: {folder} has no checkpoint to --resume from; give --resume-adapter DIR")
+    if checkpoint or adapter:  # before the minutes that the model takes
+        read_weights((checkpoint or adapter) / "adapter_model.safetensors")
+    if checkpoint and 0 < checkpoint_place(checkpoint)[1] < math.inf:
+        read_weights(checkpoint / "optimizer.safetensors")
+    return Run(folder, config, shlex.join(["python", *sys.argv]), doomed), checkpoint
 
 
 @on_main
@@ -2130,8 +2166,8 @@ def enter_run(args: argparse.Namespace, run: Run, checkpoint: Path | None) -> No
     halves = [c for c in folder.glob("stage*/step_*") if args.resume and not (c / "state.json").exists()]
     for leftover in [*folder.glob("stage*/.*.tmp"), *folder.glob(".*.tmp"), *halves]:  # a kill left them
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    if args.resume and (folder / "results.json").exists():
-        run.seconds_before = json.loads((folder / "results.json").read_text())["seconds_total"]
+    with suppress(OSError, ValueError, TypeError, KeyError):  # none yet, or a damaged one, which is written anew
+        run.seconds_before = json.loads((folder / "results.json").read_text())["seconds_total"] if args.resume else 0.0
     if not args.eval_only:
         fresh = (1, 0 if args.resume else -1) if args.start_stage == 1 else (2, -1)
         rewind(folder, *(checkpoint_place(checkpoint) if checkpoint else fresh))
@@ -2145,7 +2181,10 @@ def check_same_config(file: Path, config: Config) -> None:
         key: value for name, item in tree.items()
         for key, value in (flat(item, f"{prefix}{name}.") if isinstance(item, dict) else {prefix + name: item}).items()
     }
-    before, now = flat(yaml.safe_load(file.read_text())), flat(config.model_dump())
+    try:
+        before, now = flat(yaml.safe_load(file.read_text(encoding="utf-8"))), flat(config.model_dump())
+    except Exception as error:  # whatever stands there
+        raise UserError(f"--resume: {file} is damaged ({first_line(error)}); delete it if no key changed") from None
     changed = [f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in sorted(before.keys() | now.keys())
                if before.get(key) != now.get(key) and not key.startswith(HARMLESS_KEYS)]
     if changed:
@@ -2314,11 +2353,7 @@ def save_checkpoint(policy: Policy, folder: Path, state: dict, optimizer: torch.
 
 
 def load_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, file: Path) -> None:
-    try:
-        moments = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--resume: {file} cannot be read: {first_line(error)}; delete its folder to resume from the "
-                        "checkpoint before it") from None
+    moments = read_weights(file)
     for name, parameter in policy.trainable.items():
         prefix = f"{name}/"
         optimizer.state[parameter] = {
@@ -2329,8 +2364,11 @@ def load_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, file: Path)
 
 def checkpoint_place(folder: Path) -> tuple[int, float]:
     """(stage, step) of a complete checkpoint; the end of a stage is past any of its steps."""
-    state = json.loads((folder / "state.json").read_text())
-    return state["stage"], math.inf if state.get("finished") else state["step"]
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        return state["stage"], math.inf if state.get("finished") else state["step"]
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{folder}/state.json: is damaged; delete it to go on from the checkpoint before it") from None
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
