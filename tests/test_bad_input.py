@@ -291,7 +291,9 @@ CASES = [
     ], flags=["--set"]),
     Case("set without equals", ["--set 'train.seed': must read key.sub=value"], flags=["--set", "train.seed"]),
     Case("set without key", ["--set '=3': must read key.sub=value"], flags=["--set", "=3"]),
-    Case("set with an empty part", ["--set 'train..seed=3': must read key.sub=value"], flags=["--set", "train..seed=3"]),
+    Case("set with an empty part", [
+        "--set 'train..seed=3': must read key.sub=value",
+    ], flags=["--set", "train..seed=3"]),
     Case("set below a value", ["--set 'run_name.x=3': 'run_name' is not a section"], flags=["--set", "run_name.x=3"]),
     Case("set of an unknown key", ["train.sed: unknown key; did you mean train.seed?"], flags=["--set", "train.sed=3"]),
     Case("set of a wrong type", [
