@@ -274,8 +274,7 @@ def fault_lines(error: ValidationError) -> list[str]:
     """One line a fault: the key, the bad value, what would be right."""
     lines = []
     for fault in error.errors():
-        key = ".".join(map(str, fault["loc"]))
-        key = key if key.isprintable() else repr(key)
+        key = ".".join(str(part) if str(part).isprintable() else repr(part) for part in fault["loc"])
         value = f" (got {reprlib.repr(fault['input'])})" if not isinstance(fault["input"], dict) else ""
         if fault["type"] == "extra_forbidden":
             name = str(fault["loc"][-1])
@@ -372,17 +371,17 @@ def read_config(path: str, overrides: list[str] = ()) -> Config:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
-            raise UserError(f"--set {override}: must read key.sub=value")
+            raise UserError(f"--set {override!r}: must read key.sub=value")
         try:
             value = yaml.safe_load(text)
         except Exception:
-            raise UserError(f"--set {override}: the value is not valid YAML") from None
+            raise UserError(f"--set {override!r}: the value is not valid YAML") from None
         *parents, name = key.split(".")
         node = raw
         for part in parents:
             node = node.setdefault(part, {}) if isinstance(node, dict) else None
         if not isinstance(node, dict):
-            raise UserError(f"--set {override}: {'.'.join(parents)} is not a section")
+            raise UserError(f"--set {override!r}: {'.'.join(parents)!r} is not a section")
         node[name] = value
     return check_config(raw)
 
@@ -390,7 +389,7 @@ def read_config(path: str, overrides: list[str] = ()) -> Config:
 def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     """Reads flags and config. Raises UserError."""
     def refuse(message: str) -> None:
-        raise UserError(f"{message} (--help lists the flags)")
+        raise UserError(f"{' '.join(message.split())} (--help lists the flags)")
 
     parser = argparse.ArgumentParser(description="SCoRe: two-stage RL for self-correction on one GPU.")
     parser.add_argument("--config", required=True, help="YAML file; configs/tiny.yaml explains every key")
@@ -696,7 +695,8 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
 
 def first_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[0].strip()[:300]
+    ask = "; model.trust_remote_code: true would run it" if "trust_remote_code" in str(error) else ""
+    return lines[0].strip()[:300] + ask
 
 
 # ------------------------------------------------------------------------------------------------------------- data

@@ -185,7 +185,7 @@ CASES = [
     Case("key in another section", [
         "learning_rate: unknown key; it belongs to train.learning_rate",
     ], {"learning_rate": 1e-5}),
-    Case("key of two lines", ["'train.a\\nb': unknown key; did you mean train.beta2?"], {"train.a\nb": 1}),
+    Case("key of two lines", ["train.'a\\nb': unknown key; did you mean train.beta2?"], {"train.a\nb": 1}),
     Case("key that is a number", ["7: keys should be strings (got 7)"], text=yaml.safe_dump(CONFIG | {7: 1})),
     Case("text for a number", [
         "train.learning_rate: input should be a valid number (got 'high')",
@@ -289,18 +289,21 @@ CASES = [
     Case("set without value", [
         "argument --set: expected at least one argument (--help lists the flags)",
     ], flags=["--set"]),
-    Case("set without equals", ["--set train.seed: must read key.sub=value"], flags=["--set", "train.seed"]),
-    Case("set without key", ["--set =3: must read key.sub=value"], flags=["--set", "=3"]),
-    Case("set with an empty part", ["--set train..seed=3: must read key.sub=value"], flags=["--set", "train..seed=3"]),
-    Case("set below a value", ["--set run_name.x=3: run_name is not a section"], flags=["--set", "run_name.x=3"]),
+    Case("set without equals", ["--set 'train.seed': must read key.sub=value"], flags=["--set", "train.seed"]),
+    Case("set without key", ["--set '=3': must read key.sub=value"], flags=["--set", "=3"]),
+    Case("set with an empty part", [
+        "--set 'train..seed=3': must read key.sub=value",
+    ], flags=["--set", "train..seed=3"]),
+    Case("set below a value", ["--set 'run_name.x=3': 'run_name' is not a section"], flags=["--set", "run_name.x=3"]),
     Case("set of an unknown key", ["train.sed: unknown key; did you mean train.seed?"], flags=["--set", "train.sed=3"]),
     Case("set of a wrong type", [
         "train.seed: input should be a valid integer (got 'three')",
     ], flags=["--set", "train.seed=three"]),
-    Case("set of bad YAML", ["--set train.seed=[1: the value is not valid YAML"], flags=["--set", "train.seed=[1"]),
+    Case("set of bad YAML", ["--set 'train.seed=[1': the value is not valid YAML"], flags=["--set", "train.seed=[1"]),
     Case("set of a bad number", [
-        "--set train.seed=!!int '': the value is not valid YAML",
+        '--set "train.seed=!!int \'\'": the value is not valid YAML',
     ], flags=["--set", "train.seed=!!int ''"]),
+    Case("set of two lines", ["--set 'a\\nb': must read key.sub=value"], flags=["--set", "a\nb"]),
     Case("set climbs out", [
         "run_name: string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$' (got '../x')",
     ], flags=["--set", "run_name=../x"]),
