@@ -172,7 +172,8 @@ class RewardConfig(Section):
     def is_registered(cls, name: str, field: Any) -> str:
         known = REWARD_FNS if field.field_name == "fn" else ANSWER_EXTRACTORS
         if name not in known and "module" in field.data:  # else the module's fault says enough
-            raise ValueError(f"is not registered; registered are {', '.join(sorted(known))}{did_you_mean(name, known)}")
+            mend = did_you_mean(name, known) or "; one of your own comes from a file that reward.module names"
+            raise ValueError(f"is not registered; registered are {', '.join(sorted(known))}{mend}")
         return name
 
 
@@ -2551,7 +2552,7 @@ def main(args: argparse.Namespace, config: Config) -> int:
         return 1
     except torch.OutOfMemoryError:
         print("Out of GPU memory in a rollout; lower train.stage1_batch_size, train.stage2_batch_size or "
-              "train.num_generations (in an evaluation: eval.batch_size)", file=sys.stderr)
+              "train.num_generations (in an evaluation: eval.batch_size, eval.samples)", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"{error.filename or config.output.dir}: {error.strerror or error}", file=sys.stderr)

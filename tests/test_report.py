@@ -895,6 +895,7 @@ def test_a_file_of_rewards_is_used(own: SimpleNamespace, raw_config: dict[str, A
         ("syntax", "SyntaxError"),
         ("taken", "'identity' is registered twice"),
         ("registers nothing", "is not registered"),
+        ("no file", "a file that reward.module names"),
     ],
 )
 def test_faults_of_a_file_of_rewards_are_one_line(
@@ -922,7 +923,7 @@ def test_faults_of_a_file_of_rewards_are_one_line(
         file.write_text(text.replace(own.extractor, "identity"))
     else:
         file.write_text("'''Nothing is registered here.'''\n")
-        key = "reward.fn"
+        file, key = "null" if fault == "no file" else file, "reward.fn"
     code = as_from_the_shell(tiny_run(tmp_path, "--set", f"reward.module={file}", f"reward.fn={own.fn}"))
     printed = capsys.readouterr()
     assert (code, printed.out) == (2, "")
