@@ -2026,10 +2026,9 @@ class Run:
         }
         write_atomically(self.folder / "results.json", json.dumps(results, indent=1))
         write_atomically(self.folder / "results.md", results_table(evals) + "\n")
-        last = evals[-1] if evals else {"adapter": None}
-        if "adapter" not in last:  # else of an adapter from elsewhere, perhaps with another config
-            stage = self.folder / last["checkpoint"]
-            if (stage / "state.json").exists():
+        for last in evals[-1:]:
+            stage = self.folder / last["checkpoint"]  # with "adapter" one from elsewhere, perhaps of another config
+            if "adapter" not in last and (stage / "state.json").exists():
                 write_atomically(stage / "README.md", model_card(self.config, evals, stage))
         draw_curves(self.folder)
 
@@ -2192,9 +2191,6 @@ def start_wandb(run: Run, run_id: str | None) -> None:
     """Starts W&B: online with a login and a network, else offline; never prompts, never waits, never stops a run."""
     project = run.config.wandb_project
     if not project or os.environ.get("WANDB_MODE") == "disabled":
-        return
-    if not importlib.util.find_spec("wandb"):
-        say("wandb is not installed: logging to the run folder only.")
         return
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb_reachable() else "offline")
     with at_the_loggers_risk(run):

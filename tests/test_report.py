@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import base64
 import http.server
-import importlib.machinery
 import itertools
 import json
 import math
@@ -285,7 +284,7 @@ def test_cards_of_checkpoints_claim_no_result(finished: SimpleNamespace) -> None
         assert "Not evaluated yet" in card.content
         assert "is this adapter" not in card.content
         assert f'"{step}"' in card.content
-    assert step.parent.name == "stage2" or list(finished.folder.glob("stage1/step_*"))
+    assert step.name == "step_2"
 
 
 def test_the_cards_snippet_runs(finished: SimpleNamespace) -> None:
@@ -612,7 +611,6 @@ def test_a_run_says_its_steps_and_saved_places(finished: SimpleNamespace) -> Non
 def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A `wandb` that keeps what it is told: .inits, .logged, .summary, .finished; .faults raise by name."""
     fake = ModuleType("wandb")
-    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     fake.inits, fake.logged, fake.summary, fake.finished, fake.faults, fake.at_step = [], [], {}, 0, {}, {}
 
     def told(name: str, keep: Callable[..., Any]) -> Callable[..., Any]:
@@ -721,17 +719,19 @@ def test_wandb_gets_both_stages_on_one_axis(
         assert fake_wandb.summary[f"{checkpoint}/delta"] == line["delta"]
 
 
-@pytest.mark.parametrize("what", ["init", "define_metric", "log", "finish"])
+@pytest.mark.parametrize("what", ["import", "init", "define_metric", "log", "finish"])
 def test_a_failing_wandb_never_stops_a_run(
     fake_wandb: Any, run_here: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     monkeypatch.setattr(train, "draw_curves", lambda folder: (folder / "curves.png").write_bytes(b""))
     fake_wandb.Image = lambda file: file
     fake_wandb.faults[what] = RuntimeError("the server is gone\nand more")
+    if what == "import":
+        monkeypatch.setitem(sys.modules, "wandb", None)
     code, printed = run_here("--set", "train.stage2_epochs=0")
     assert code == 0, printed
     (line,) = [line for line in printed.splitlines() if "W&B is off " in line]
-    assert line.endswith("the server is gone")
+    assert line.endswith("the server is gone") or (what == "import" and "wandb" in line)
     assert (tmp_path / "run" / "stage1" / "state.json").exists()
     assert len(fake_wandb.logged) == (6 if what == "finish" else 0)
 
