@@ -165,7 +165,8 @@ def show_samples(folder: Path, checkpoint: str | None, most: int) -> int:
                 evaluated.setdefault(row["checkpoint"], []).append(row)
     if not evaluated or (checkpoint and checkpoint not in evaluated):
         known = ", ".join(evaluated) or "nothing yet"
-        print(f"--samples {folder}: no evaluation {checkpoint or ''}; evaluated: {known}", file=sys.stderr)
+        wanted = f"evaluation {checkpoint}" if checkpoint else "evaluation"
+        print(f"--samples {folder}: no {wanted}; evaluated: {known}", file=sys.stderr)
         return 2
     checkpoint = checkpoint or list(evaluated)[-1]
     rows = evaluated[checkpoint]

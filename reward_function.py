@@ -2,8 +2,9 @@
 
 An extractor pulls the final answer out of a text, "" where there is none. The same one reads the model's output
 ("<think>...</think><answer>42</answer>") and the dataset's target ("... #### 42"). A reward grades a batch of outputs.
-To add your own, write them into this file, or into one of yours that `reward.module` names and that begins with
-`from reward_function import Extractor, is_correct, register_extractor, register_reward`, and name them in the YAML:
+To add your own, write a file of them and name it, and them, in the YAML (`reward.module: my_rewards.py`):
+
+    from reward_function import Extractor, is_correct, register_extractor, register_reward
 
     @register_extractor("last_line")
     def last_line(text: str) -> str:

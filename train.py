@@ -179,7 +179,8 @@ class RewardConfig(Section):
     def is_registered(cls, name: str, field: Any) -> str:
         known = REWARD_FNS if field.field_name == "fn" else ANSWER_EXTRACTORS
         if name not in known and "module" in field.data:  # else the module's fault says enough
-            raise ValueError(f"is not registered; registered are {', '.join(sorted(known))}{did_you_mean(name, known)}")
+            mend = did_you_mean(name, known) or "; one of your own comes from a file that reward.module names"
+            raise ValueError(f"is not registered; registered are {', '.join(sorted(known))}{mend}")
         return name
 
 
@@ -2084,7 +2085,8 @@ class Run:
             self.write_results()
             say(results_table([event]).splitlines()[2])
         if self.wandb:
-            log_to_wandb(self, event, samples)
+            with at_the_loggers_risk(self):
+                log_to_wandb(self, event, samples)
 
     def evals(self) -> list[dict[str, Any]]:
         return [e for e in read_lines(self.folder / "metrics.jsonl") if e["event"] == "eval"]
@@ -2101,8 +2103,10 @@ class Run:
         }
         write_atomically(self.folder / "results.json", json.dumps(results, indent=1))
         write_atomically(self.folder / "results.md", results_table(evals) + "\n")
-        for stage in self.folder.glob("stage[12]/state.json"):
-            write_atomically(stage.parent / "README.md", model_card(self.config, evals, stage.parent))
+        for last in evals[-1:]:
+            stage = self.folder / last["checkpoint"]  # with "adapter" one from elsewhere, perhaps of another config
+            if "adapter" not in last and (stage / "state.json").exists():
+                write_atomically(stage / "README.md", model_card(self.config, evals, stage))
         draw_curves(self.folder)
 
 
@@ -2241,7 +2245,8 @@ def draw_curves(folder: Path) -> None:
                 axis.plot(x, smooth, color=color, label=suffix.strip("_").replace("attempt", "attempt "))
             if name == "acc":
                 held_out = np.array([e[name + suffix] for e in evals])
-                low, high = np.array([e[f"{name}{suffix}_interval"] for e in evals]).reshape(-1, 2).T
+                bounds = [e.get(f"{name}{suffix}_interval") or [e[name + suffix]] * 2 for e in evals]  # old runs
+                low, high = np.array(bounds).reshape(-1, 2).T
                 axis.errorbar([e["global_step"] for e in evals], held_out, (held_out - low, high - held_out), fmt="o",
                               color=color, mec="black", ecolor="black", elinewidth=0.8, capsize=3)
         boundary = max((e["global_step"] for e in steps if e["stage"] == 1), default=None)
@@ -2260,29 +2265,33 @@ def draw_curves(folder: Path) -> None:
     plt.close(figure)
 
 
+@contextmanager
+def at_the_loggers_risk(run: Run) -> Iterator[None]:
+    """A logger must not stop a run: whatever W&B raises is said in a line, and W&B is off from there on."""
+    try:
+        yield
+    except Exception as error:
+        say(f"W&B is off from here on: {first_line(error)}")
+        run.wandb = None
+
+
 @on_main
 def start_wandb(run: Run, run_id: str | None) -> None:
     """Starts W&B: online with a login and a network, else offline; never prompts, never waits, never stops a run."""
     project = run.config.wandb_project
     if not project or os.environ.get("WANDB_MODE") == "disabled":
         return
-    if not importlib.util.find_spec("wandb"):
-        say("wandb is not installed: logging to the run folder only.")
-        return
-    import wandb
-
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb_reachable() else "offline")
-    try:
+    with at_the_loggers_risk(run):
+        import wandb
+
         run.wandb = wandb.init(
             project=project, name=run.config.run_name, config=run.config.model_dump(), dir=str(run.folder), mode=mode,
             id=run_id, resume="allow" if run_id else None,
             settings=wandb.Settings(silent=True, console="off", init_timeout=20, x_disable_stats=True),
         )
         run.wandb.define_metric("*", step_metric="global_step")
-    except Exception as error:  # a logger must not stop a run
-        say(f"W&B is off: {first_line(error)}")
-        return
-    if mode == "offline":
+    if mode == "offline" and run.wandb:
         say(f"W&B is offline; later: wandb sync {run.folder / 'wandb'}/offline-run-*")
 
 
@@ -2388,19 +2397,23 @@ def prune_checkpoints(folder: Path, keep: int | None) -> None:
 
 def model_card(config: Config, evals: list[dict[str, Any]], folder: Path) -> str:
     """The README.md of a saved adapter: the hub's metadata, how it was made and measured, how to load it."""
-    final = [e for e in evals if e["checkpoint"] == folder.name]
+    evals = [e for e in evals if "eval_only" not in e]
+    final = [e for e in evals if e["checkpoint"] == folder.name and "adapter" not in e]
     local = {name: Path(name).exists() for name in (config.model.name, config.dataset.name)}  # the hub refuses these
     base, data = (Path(name).name if local[name] else name for name in (config.model.name, config.dataset.name))
     metadata = huggingface_hub.ModelCardData(
         base_model=None if local[config.model.name] else base, datasets=None if local[config.dataset.name] else [data],
-        library_name="peft", pipeline_tag="text-generation", model_name=config.run_name,
+        library_name="peft", pipeline_tag="text-generation", model_name=config.run_name if final else None,
         tags=["lora", "score", "self-correction", "reinforcement-learning"], eval_results=[
             huggingface_hub.EvalResult(
                 task_type="text-generation", dataset_name=data, dataset_type=data, metric_type="accuracy",
                 metric_name=f"accuracy of attempt {number}", metric_value=e[f"acc_attempt{number}"])
-            for e in final[-1:] for number in (1, 2)],
+            for e in final[-1:] for number in (1, 2)] or None,
     )
-    train, where = config.train, config.output.push_to_hub or str(folder)
+    train, last = config.train, "stage2" if config.train.stage2_epochs else "stage1"
+    where = config.output.push_to_hub if config.output.push_to_hub and folder.name == last else folder
+    table = f"In the table, `{folder.name}` is this adapter on held-out rows.\n" if final else "Not evaluated yet.\n"
+    table += f"\n{results_table(evals)}\n" if evals else ""
     system = f"System prompt:\n\n```\n{config.prompts.system.strip()}\n```\n\n" if config.prompts.system else ""
     return f"""---
 {metadata.to_yaml()}
@@ -2411,10 +2424,7 @@ def model_card(config: Config, evals: list[dict[str, Any]], folder: Path) -> str
 A LoRA adapter (r = {config.model.lora.r}) of `{base}`, trained by reinforcement learning to correct its own answers:
 SCoRe, [Kumar et al., ICLR 2025](https://arxiv.org/abs/2409.12917). Data: `{data}`. Reward: `{config.reward.fn}` with
 `{config.reward.answer_extractor}`. Learning rate {train.learning_rate:g}, alpha {train.alpha:g}, beta1 {train.beta1:g},
-beta2 {train.beta2:g}, seed {train.seed}. In the table, `{folder.name}` is this adapter on held-out rows.
-
-{results_table(evals) if evals else "Not evaluated yet."}
-
+beta2 {train.beta2:g}, seed {train.seed}. {table}
 ## Load
 
 ```python
@@ -2454,6 +2464,7 @@ def save_merged(policy: Policy, folder: Path) -> None:
         merged = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     merged.load_state_dict(weights, assign=True)
     merged.tie_weights()
+    merged.generation_config = base.generation_config  # every token that ends an answer
     with writing(folder):
         merged.save_pretrained(folder)
         policy.tokenizer.save_pretrained(folder)
@@ -2467,8 +2478,9 @@ def push_to_hub(folder: Path, name: str) -> None:
         huggingface_hub.create_repo(name, exist_ok=True)
         huggingface_hub.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=own)
     except Exception as error:  # no token, no network, no right to write: each its own class
+        by_hand = f"hf upload {name} {folder} --exclude 'step_*' --exclude state.json"
         raise RunError(f"output.push_to_hub: {name} was not pushed: {first_line(error)}; the run is complete, push it "
-                       f"with: hf upload {name} {folder}") from None
+                       f"with --resume, or: {by_hand}") from None
     say(f"Pushed {folder} to {name}")
 
 
@@ -2585,7 +2597,8 @@ def train_and_evaluate(args: argparse.Namespace, config: Config) -> None:
             record("pretrain", 0)
         if args.start_stage == 2 and not checkpoint:
             record("stage1", steps[1], adapter=args.resume_adapter)
-            save_checkpoint(policy, run.folder / "stage2" / "step_0", {"stage": 2, "step": 0}, None)  # for --resume
+            start = run.folder / "stage2" / "step_0"  # for --resume
+            save_checkpoint(policy, start, {"stage": 2, "step": 0}, None, model_card(config, run.evals(), start))
         for stage in (1, 2):
             before = steps[1] if stage == 2 else 0
             if stage >= start_stage and steps[stage] > (done if stage == start_stage else 0):
@@ -2594,7 +2607,8 @@ def train_and_evaluate(args: argparse.Namespace, config: Config) -> None:
                 record(f"stage{stage}", before + steps[stage])
     say("\n" + results_table(run.evals()), always=True)
     if run.wandb:
-        run.wandb.finish()
+        with at_the_loggers_risk(run):
+            run.wandb.finish()
     final = max(run.folder.glob("stage[12]/adapter_config.json"), default=None) if not args.eval_only else None
     if final and config.output.merge:
         save_merged(policy, run.folder / "merged")
@@ -2631,7 +2645,7 @@ def main(args: argparse.Namespace, config: Config) -> int:
         return 1
     except torch.OutOfMemoryError:
         print("Out of GPU memory in a rollout; lower train.stage1_batch_size, train.stage2_batch_size or "
-              "train.num_generations (in an evaluation: eval.batch_size)", file=sys.stderr)
+              "train.num_generations (in an evaluation: eval.batch_size, eval.samples)", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"{error.filename or config.output.dir}: {error.strerror or error}", file=sys.stderr)
