@@ -55,7 +55,9 @@ def modules_in(folder: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    """Every file below, the place of the folder itself, which a model card names, left out."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): file.read_bytes().replace(str(folder).encode(), b"") for file in files}
 
 
 # ----------------------------------------------------------------------------------------------------- disk faults
@@ -145,6 +147,7 @@ WRITERS = {
     "the optimizer": (writing_weights(train, "save_file"), "stage1/step_2"),
     "tokenizer.json": (fault_in_tokenizer, "stage1/step_2"),
     "tokenizer_config.json": (opening("tokenizer_config.json"), "stage1/step_2"),
+    "the model card": (opening("README.md"), "stage1/step_2"),
     "state.json": (opening("state.json"), "stage1/step_2"),
     "fsync": (calling(os, "fsync"), "stage1/step_2"),
     "rename of a checkpoint": (calling(os, "rename"), "stage1/step_2"),
