@@ -2053,9 +2053,13 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 def append_lines(file: Path, rows: list[dict[str, Any]]) -> None:
     """Adds rows to a jsonl file, after ending a line that a kill left half written. Raises RunError."""
-    cut = file.exists() and file.stat().st_size and not file.read_bytes().endswith(b"\n")
+    cut = False
+    if file.exists() and file.stat().st_size:
+        with file.open("rb") as stream:
+            stream.seek(-1, os.SEEK_END)
+            cut = stream.read() != b"\n"
     with writing(file), file.open("a", encoding="utf-8") as stream:
-        stream.writelines(["\n"] * bool(cut) + [to_json(row) for row in rows])
+        stream.writelines(["\n"] * cut + [to_json(row) for row in rows])
 
 
 def to_json(row: dict[str, Any]) -> str:
