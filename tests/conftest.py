@@ -55,6 +55,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device and `pytest -m gpu`"))
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints what tests recorded as `said`, also where they ran in other processes."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "said":
+                terminalreporter.write_line(value)
+
+
 def cuda_is_here() -> bool:
     import torch
 

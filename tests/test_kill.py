@@ -146,7 +146,7 @@ def moments_to_die_at(whole: SimpleNamespace, rng: random.Random) -> list[int]:
 
 
 def test_killed_at_random_moments(
-    tiny_run: Callable[..., list[str]], whole: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_run: Callable[..., list[str]], whole: SimpleNamespace, tmp_path: Path, record_property: Callable[..., None]
 ) -> None:
     rng, kills, places, twice = random.Random(20), 0, [], 0
     chosen = moments_to_die_at(whole, rng)
@@ -169,8 +169,8 @@ def test_killed_at_random_moments(
         assert_same_ending(out / "run", whole, f"killed at {told}")
         shutil.rmtree(out)
         kills, places, twice = kills + deaths, places + told, twice + (deaths > 1)
-    with capsys.disabled():
-        print(f"\n{kills} kills of {len(chosen)} runs ({twice} of them killed more than once), every ending the same")
+    more = f"({twice} of them killed more than once)"
+    record_property("said", f"{kills} kills of {len(chosen)} runs {more}, every ending the same")
     assert kills >= 20
     assert twice >= 3
     for place in ("evaluation pretrain", "stage1 step", "stage1/step_", "/stage1 checkpoint", "stage1 prune", "half of",
@@ -195,7 +195,7 @@ def slow_writes() -> None:
 
 
 def test_killed_from_outside_in_slow_writes(
-    tiny_run: Callable[..., list[str]], whole: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_run: Callable[..., list[str]], whole: SimpleNamespace, tmp_path: Path, record_property: Callable[..., None]
 ) -> None:
     rng, kills = random.Random(9), 0
     for trial in range(6):
@@ -216,8 +216,7 @@ def test_killed_from_outside_in_slow_writes(
         assert code == 0, output(out / "log")
         assert_same_ending(out / "run", whole, f"trial {trial}, killed {deaths} times")
         kills += deaths
-    with capsys.disabled():
-        print(f"\n{kills} kills from outside, every ending the same")
+    record_property("said", f"{kills} kills from outside, every ending the same")
     assert kills >= 4
 
 
