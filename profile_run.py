@@ -121,8 +121,11 @@ def compare_static_cache(train, policy, examples, config) -> None:
 
     generate = policy.model.generate
     policy.model.generate = functools.partial(generate, cache_implementation="static")
+    print("generate, static cache: its compilation can take minutes; Ctrl-C leaves it out", flush=True)
     try:
         time_rollout(train, policy, examples, config, "generate, static cache, compiled")
+    except KeyboardInterrupt:
+        print(f"{'generate, static cache, compiled':<42} interrupted")
     except Exception as error:  # Unsloth's models refuse a static cache
         print(f"{'generate, static cache, compiled':<42} does not run here: {train.first_line(error)}")
     finally:

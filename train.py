@@ -2087,7 +2087,8 @@ class Run:
         append_lines(self.folder / "metrics.jsonl", [event])  # last: with it the step or the evaluation is done
         if event["event"] == "eval":
             self.write_results()
-            say(results_table([event]).splitlines()[2])
+            say("Evaluated {checkpoint}: Acc@t1 {acc_attempt1:.3f}, Acc@t2 {acc_attempt2:.3f}, delta {delta:+.3f}, "
+                "i->c {delta_i_to_c:.3f}, c->i {delta_c_to_i:.3f}, n {n}".format(**event))
         if self.wandb:
             with at_the_loggers_risk(self):
                 log_to_wandb(self, event, samples)
