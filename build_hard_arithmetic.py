@@ -14,6 +14,7 @@ import argparse
 import operator
 import random
 import sys
+from pathlib import Path
 
 OPERATIONS = {
     "addition": ("+", operator.add),
@@ -63,11 +64,15 @@ def main() -> int:
     try:
         config = train.read_config(args.config, overrides)
         problems = make_problems(args.pool, args.operation, args.digits, args.seed)
+        Path(args.out).mkdir(parents=True, exist_ok=True)  # a place that cannot be written costs no decoding
         tokenizer = train.load_tokenizer(config)
         rows = [(problem["question"], problem["answer"]) for problem in problems]
         examples = train.encode_rows(rows, "pool", config, tokenizer)
         policy = train.load_policy(config, tokenizer)
         failures = find_failures(policy, examples, config, args.n_train + args.n_eval)
+    except OSError as error:
+        print(f"--out {args.out}: cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
     except (train.UserError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -43,8 +43,8 @@ def tokens_inside(texts: list[str], tag: str, tokenizer) -> list[int]:
     return [len(ids) for ids in tokenizer(parts, add_special_tokens=False)["input_ids"]] if parts else []
 
 
-def report_lengths(attempts, policy, config) -> None:
-    """Percentiles, the think/answer split, failures, and the budgets that would hold 99% of what was seen."""
+def report_lengths(attempts, policy, config, longest: int) -> None:
+    """Percentiles, the think/answer split, failures, and budgets for what was seen; `longest`: tokens of any prompt."""
     from reward_function import ANSWER_EXTRACTORS
 
     extract = ANSWER_EXTRACTORS[config.reward.answer_extractor]
@@ -60,7 +60,8 @@ def report_lengths(attempts, policy, config) -> None:
         unextracted = sum(not extract(text) for text in attempt.texts)
         print(f"  cut off by the budget {sum(attempt.truncated) / count:.1%}, no answer {unextracted / count:.1%}, "
               f"correct {sum(attempt.correct) / count:.1%}, mean reward {sum(attempt.rewards) / count:.3f}")
-    print("\nRecommended budgets (99th percentile and a tenth; a budget that cut off more than 1% is doubled)")
+    print("\nRecommended budgets (completions: 99th percentile and a tenth; one that cut off more than 1% is doubled; "
+          "prompts:\nthe longest of all train and test rows that max_prompt_length_attempt1 lets in now)")
     budgets = []
     for number, attempt in enumerate(attempts, 1):
         lengths = sorted(map(len, attempt.completions))
@@ -68,7 +69,7 @@ def report_lengths(attempts, policy, config) -> None:
         cut = sum(attempt.truncated) / len(lengths) > 0.01
         budgets.append(2 * now if cut else min(now, round_up(1.1 * lengths[round(0.99 * (len(lengths) - 1))])))
         print(f"  train.max_new_tokens_attempt{number}: {budgets[-1]} (now {now})")
-    prompt1 = round_up(max(len(p) for p in attempts[0].prompts))
+    prompt1 = round_up(longest)
     prompt2 = round_up(prompt1 + budgets[0] + len(policy.bridge))
     print(f"  train.max_prompt_length_attempt1: {prompt1} (now {config.train.max_prompt_length_attempt1})")
     print(f"  train.max_prompt_length_attempt2: {prompt2} (now {config.train.max_prompt_length_attempt2})")
@@ -227,15 +228,16 @@ def main() -> int:
         return show_samples(args.samples, args.checkpoint, args.show)
     if not args.config:
         parser.error("--config FILE is needed, or --samples RUN_DIR")
-    if args.n < 2:
-        parser.error(f"--n {args.n}: needs at least 2 problems")
+    if args.n < 2 or args.tokens < 1 or min(args.decode or [1]) < 1:
+        parser.error("--n: needs at least 2 problems; --decode and --tokens at least 1")
 
     import train
 
     try:
         config = train.read_config(args.config, args.set)
         tokenizer = train.load_tokenizer(config)
-        pool = train.load_examples(config, tokenizer)[0]
+        pool, test = train.load_examples(config, tokenizer)
+        longest = max(len(example.prompt) for example in pool + test)
         policy = train.load_policy(config, tokenizer)
     except train.UserError as error:
         print(error, file=sys.stderr)
@@ -272,9 +274,15 @@ def main() -> int:
             peer, _ = time_rollout(train, policy, examples, config, "generate, as loaded")
             print(f"the same step with it: {peer + update:.2f} s, {(peer + update) / total:.1f} times as long")
         compare_static_cache(train, policy, examples, config)
-    report_lengths(attempts, policy, config)
+    report_lengths(attempts, policy, config, longest)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from reward_function import RewardError
+
+    try:
+        sys.exit(main())
+    except RewardError as error:
+        print(f"reward.fn: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -25,8 +25,8 @@ How it differs from a plain implementation, and why:
     python train.py --config configs/gsm8k.yaml [--smoke 8]    # one GPU, with Unsloth
     python train.py --config configs/gsm8k.yaml --start-stage 2 --resume-adapter outputs/score-gsm8k/stage1
 
-The file reads from top to bottom: config, model, data, decoder, rollout, objective, evaluation, run folder, stages,
-command line.
+The file reads from top to bottom: config, model, data, decoder, rollout, objective, evaluation, run folder,
+checkpoints, stages, command line.
 """
 
 from __future__ import annotations
@@ -400,7 +400,7 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespac
     parser.add_argument("--resume-adapter", metavar="DIR", help="adapter to start from (needed by --start-stage 2)")
     parser.add_argument("--resume", action="store_true", help="continue this run from its newest complete checkpoint")
     parser.add_argument("--eval-only", action="store_true", help="evaluate the base model, or --resume-adapter")
-    parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run of this name left")
+    parser.add_argument("--overwrite", action="store_true", help="delete an earlier run of this name (or its Stage II)")
     parser.add_argument("--quiet", action="store_true", help="print the final table and errors only")
     parser.error = refuse  # argparse's own prints the usage too
     args = parser.parse_args(argv)
@@ -409,11 +409,13 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespac
         raise UserError("--start-stage 2: needs --resume-adapter DIR, the Stage I adapter to start from")
     if args.resume_adapter and not (args.start_stage == 2 or args.eval_only):
         raise UserError("--resume-adapter: goes with --start-stage 2 or --eval-only; --resume continues a run")
+    if args.resume and args.eval_only:
+        raise UserError("--resume: continues a run, --eval-only trains nothing; give one of them")
     if args.resume and args.overwrite:
         raise UserError("--overwrite: deletes what --resume would continue; give one of them")
     if args.smoke is not None:
-        if args.smoke < 2:
-            raise UserError(f"--smoke {args.smoke}: needs at least 2 examples")
+        if args.smoke < 4:
+            raise UserError(f"--smoke {args.smoke}: needs at least 4 examples, for two steps of two")
         config = shrink_for_smoke(config, args.smoke)
     if args.resume_adapter:
         check_adapter(Path(args.resume_adapter), config)
@@ -421,7 +423,8 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespac
 
 
 def shrink_for_smoke(config: Config, examples: int) -> Config:
-    """Two optimizer steps a stage on a handful of examples, with a mid-stage checkpoint: every code path, quickly."""
+    """Two optimizer steps a stage on a handful of examples (more where they fill more batches), with a mid-stage
+    checkpoint: every code path, quickly."""
     config = config.model_copy(deep=True)
     config.run_name += "-smoke"
     batch = max(2, examples // 2)
@@ -458,9 +461,13 @@ def check_adapter(folder: Path, config: Config) -> None:
     ):
         if not fits:
             raise UserError(f"--resume-adapter {folder}: trained with {key} {theirs}, the config says {ours}")
+    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        if saved.get(key):
+            raise UserError(f"--resume-adapter {folder}: trained with {key}, which this trainer does not do")
 
 
 if __name__ == "__main__":  # a fault in the config costs a second, not the minute that the imports below may take
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() there is nothing to save
     try:
         ARGS, CONFIG = parse_command_line()
     except UserError as error:
@@ -1580,6 +1587,8 @@ def without_eos(completion: list[int], policy: Policy) -> list[int]:
 
 def grade(texts: list[str], targets: list[str], reward: RewardConfig) -> tuple[list[float], list[bool]]:
     """Rewards by the registered function; correctness by the extracted answers alone."""
+    if not texts:  # more processes than rows
+        return [], []
     extract = ANSWER_EXTRACTORS[reward.answer_extractor]
     rewards = score(reward.fn, texts, targets, extract)
     return rewards, [is_correct(text, target, extract) for text, target in zip(texts, targets, strict=True)]
@@ -1965,7 +1974,9 @@ def results_table(evals: list[dict[str, Any]]) -> str:
     columns |= {"delta": "delta", "95%": "delta_interval", "i->c": "delta_i_to_c", "c->i": "delta_c_to_i",
                 "reward 1": "reward_attempt1", "reward 2": "reward_attempt2", "edit distance": "edit_distance_ratio",
                 "n": "n"}
-    table = markdown([list(columns), *([e.get(key) for key in columns.values()] for e in evals)])
+    kind = lambda e: " (eval only)" * ("eval_only" in e) or " (given adapter)" * ("adapter" in e)  # noqa: E731
+    rows = [e | {"checkpoint": e["checkpoint"] + kind(e)} for e in evals]
+    table = markdown([list(columns), *([row.get(key) for key in columns.values()] for row in rows)])
     votes = [[e["checkpoint"], int(key[14:]), e[key], e[key.replace("parallel", "sequential")]]
              for e in evals for key in e if key.startswith("vote_parallel_")]
     if not votes:
@@ -1998,7 +2009,7 @@ def note_signal(number: int, _frame: Any) -> None:
     """First Ctrl-C or SIGTERM: stop after the step in hand. Second: at once."""
     SIGNALS_SEEN.append(time.monotonic())
     if len(SIGNALS_SEEN) == 1 and MAIN:
-        os.write(1, b"Stopping after this step, with a checkpoint; once more to stop at once.\n")  # print may be in use
+        os.write(1, b"Stopping when this step is saved; once more to stop at once.\n")  # print may be in use
     elif PROCESSES.num_processes == 1 or SIGNALS_SEEN[-1] - SIGNALS_SEEN[0] > 2:  # launchers pass a Ctrl-C on
         os._exit(130)
 
@@ -2078,6 +2089,7 @@ class Run:
     doomed: Path | None = None  # what --overwrite is to delete
     wandb: Any = None
     rollouts: list[dict[str, Any]] = field(default_factory=list)  # of training, since the last table of them
+    kept: dict[str, Any] = field(default_factory=dict)  # of results.json, when --eval-only adds to a run
     seconds_before: float = 0.0
     started: float = field(default_factory=time.time)
 
@@ -2105,7 +2117,7 @@ class Run:
             "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type,
             "seconds_total": self.seconds_before + time.time() - self.started, "git_commit": git_commit(),
             "command": self.command,
-        }
+        } | self.kept
         write_atomically(self.folder / "results.json", json.dumps(results, indent=1))
         write_atomically(self.folder / "results.md", results_table(evals) + "\n")
         for last in evals[-1:]:
@@ -2121,8 +2133,10 @@ def installed_version(package: str) -> str | None:
 
 def git_commit() -> str | None:
     here = Path(__file__).resolve().parent
-    done = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
+    with suppress(OSError):  # no git here
+        done = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        return done.stdout.strip() or None
+    return None
 
 
 def open_run(args: argparse.Namespace, config: Config) -> tuple[Run, Path | None]:
@@ -2152,6 +2166,8 @@ def open_run(args: argparse.Namespace, config: Config) -> tuple[Run, Path | None
     if args.resume and (folder / "config.yaml").exists():
         check_same_config(folder / "config.yaml", config)
     checkpoint = newest_checkpoint(folder) if args.resume else None
+    if args.start_stage == 2 and adapter and checkpoint and checkpoint_place(checkpoint)[0] == 1:
+        checkpoint = None  # that Stage II had not begun, and was to begin from the adapter
     if args.start_stage == 2 and not (checkpoint or adapter):
         raise UserError(f"--start-stage 2: {folder} has no checkpoint to --resume from; give --resume-adapter DIR")
     if checkpoint or adapter:  # before the minutes that the model takes
@@ -2165,23 +2181,44 @@ def open_run(args: argparse.Namespace, config: Config) -> tuple[Run, Path | None
 def enter_run(args: argparse.Namespace, run: Run, checkpoint: Path | None) -> None:
     """Readies the run folder, once data, model and adapter have turned out well: until here nothing old is lost."""
     folder = run.folder
-    if run.doomed:
+    if run.doomed and run.doomed.exists():
         shutil.rmtree(run.doomed)
         folder.mkdir(exist_ok=True)
+    before = {}
+    with suppress(OSError, ValueError):  # none yet, or a damaged one, which is written anew
+        before = json.loads((folder / "results.json").read_text())
+    before = before if isinstance(before, dict) else {}
     if args.eval_only and (folder / "config.yaml").exists():  # beside a run, which may be running
+        run.kept = {key: value for key, value in before.items() if key != "evals"}
         return
+    if args.start_stage == 2 and not checkpoint and not evaluates_as(folder / "config.yaml", run.config):
+        for name in ("metrics.jsonl", "samples.jsonl"):  # so pretrain is evaluated anew
+            kept = [e for e in read_lines(folder / name) if e.get("checkpoint") != "pretrain" or "eval_only" in e]
+            write_atomically(folder / name, "".join(map(to_json, kept)))
     text = yaml.safe_dump(run.config.model_dump(), sort_keys=False, allow_unicode=True)
     write_atomically(folder / "config.yaml", text)
     halves = [c for c in folder.glob("stage*/step_*") if args.resume and not (c / "state.json").exists()]
     for leftover in [*folder.glob("stage*/.*.tmp"), *folder.glob(".*.tmp"), *halves]:  # a kill left them
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    with suppress(OSError, ValueError, TypeError, KeyError):  # none yet, or a damaged one, which is written anew
-        run.seconds_before = json.loads((folder / "results.json").read_text())["seconds_total"] if args.resume else 0.0
+    if args.resume and isinstance(before.get("seconds_total"), float):
+        run.seconds_before = before["seconds_total"]
     if not args.eval_only:
         fresh = (1, 0 if args.resume else -1) if args.start_stage == 1 else (2, -1)
         rewind(folder, *(checkpoint_place(checkpoint) if checkpoint else fresh))
     if args.resume and (folder / "metrics.jsonl").exists():
         run.write_results()  # a kill may have come between the line of an evaluation and its results
+
+
+def evaluates_as(file: Path, config: Config) -> bool:
+    """Does the config of an earlier run, if there is one, evaluate on the same rows, prompts and budgets?"""
+    def measure(tree: dict[str, Any]) -> list[Any]:
+        budgets = {key: value for key, value in tree["train"].items() if key.startswith("max_")}
+        return [*(tree[section] for section in ("model", "dataset", "prompts", "reward", "eval")), budgets]
+
+    try:
+        return not file.exists() or measure(yaml.safe_load(file.read_text())) == measure(config.model_dump())
+    except Exception:  # whatever stands there
+        return False
 
 
 def check_same_config(file: Path, config: Config) -> None:
@@ -2419,7 +2456,7 @@ def model_card(config: Config, evals: list[dict[str, Any]], folder: Path) -> str
     where = config.output.push_to_hub if config.output.push_to_hub and folder.name == last else folder
     table = f"In the table, `{folder.name}` is this adapter on held-out rows.\n" if final else "Not evaluated yet.\n"
     table += f"\n{results_table(evals)}\n" if evals else ""
-    system = f"System prompt:\n\n```\n{config.prompts.system.strip()}\n```\n\n" if config.prompts.system else ""
+    system = f"System prompt:\n\n```\n{config.prompts.system}\n```\n\n" if config.prompts.system else ""
     return f"""---
 {metadata.to_yaml()}
 ---
@@ -2541,6 +2578,7 @@ def train_stage(policy: Policy, examples: list[Example], stage: int, config: Con
             draw_curves(run.folder)
             say(f"Saved {here} ({now})")
             if stop:
+                PROCESSES.wait_for_everyone()  # a launcher ends the rest when one has gone
                 raise Interrupted
     card = model_card(config, run.evals(), folder)
     save_checkpoint(policy, folder, state | {"step": len(batches), "finished": True}, None, card)
@@ -2580,12 +2618,14 @@ def train_and_evaluate(args: argparse.Namespace, config: Config) -> None:
     steps = {stage: 0 if args.eval_only else len(stage_batches(stage, len(train), config)) for stage in (1, 2)}
     adapter = checkpoint or (Path(args.resume_adapter) if args.resume_adapter else None)
     policy = load_policy(config, tokenizer, adapter)
+    PROCESSES.wait_for_everyone()  # until all have loaded: now the folder may change
     enter_run(args, run, checkpoint)
     PROCESSES.wait_for_everyone()
     state = json.loads((checkpoint / "state.json").read_text()) if checkpoint else {}
     start_wandb(run, state.get("wandb_id"))
     say(f"{config.run_name}: {config.model.name} on {DEVICE.type}, {len(train)} train and {len(test)} test examples, "
-        f"{steps[1]} + {steps[2]} steps, into {run.folder}")
+        f"{steps[1] if args.start_stage == 1 else 0} + {steps[2]} steps, "
+        f"{PROCESSES.num_processes} process{'es' * (PROCESSES.num_processes > 1)}, into {run.folder}")
 
     def record(label: str, step: int, **extra: Any) -> None:
         lines = read_lines(run.folder / "metrics.jsonl")
@@ -2634,7 +2674,7 @@ def main(args: argparse.Namespace, config: Config) -> int:
     try:
         train_and_evaluate(args, config)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print("" if MAIN else f"Process {PROCESSES.process_index}: ", error, sep="", file=sys.stderr)
         return 2
     except RewardError as error:
         key = "answer_extractor" if str(error).startswith("answer extractor") else "fn"
@@ -2643,7 +2683,7 @@ def main(args: argparse.Namespace, config: Config) -> int:
     except Interrupted:
         again = shlex.join(part for part in sys.argv if part not in ("--resume", "--overwrite"))
         if MAIN:
-            print(f"Interrupted. Continue with: python {again} --resume", file=sys.stderr)
+            print(f"Interrupted. Continue with: python {again}{' --resume' * (not args.eval_only)}", file=sys.stderr)
         return 130
     except RunError as error:
         print(error, file=sys.stderr)

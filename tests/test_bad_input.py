@@ -322,7 +322,10 @@ CASES = [
     Case("resume and overwrite", [
         "--overwrite: deletes what --resume would continue; give one of them",
     ], flags=["--resume", "--overwrite"]),
-    Case("smoke of one", ["--smoke 1: needs at least 2 examples"], flags=["--smoke", "1"]),
+    Case("smoke of three", ["--smoke 3: needs at least 4 examples, for two steps of two"], flags=["--smoke", "3"]),
+    Case("resume and eval-only", [
+        "--resume: continues a run, --eval-only trains nothing; give one of them",
+    ], flags=["--resume", "--eval-only"]),
     Case("smoke of a word", [
         "argument --smoke: invalid int value: 'x' (--help lists the flags)",
     ], flags=["--smoke", "x"]),
@@ -592,6 +595,9 @@ CASES = [
     Case("adapter of another alpha", [
         "--resume-adapter outputs/test/stage1: trained with model.lora.alpha 8.0, the config says 16.0",
     ], {"model.lora.alpha": 16}, flags=STAGE2),
+    Case("adapter of another scale", [
+        "--resume-adapter outputs/test/stage1: trained with use_rslora, which this trainer does not do",
+    ], flags=STAGE2, prepare=edit_json(f"{ADAPTER}/adapter_config.json", use_rslora=True)),
     Case("adapter of other modules", [
         "--resume-adapter outputs/test/stage1: trained with model.lora.target_modules …, the config says ['q_proj']",
     ], {"model.lora.target_modules": ["q_proj"]}, flags=STAGE2),

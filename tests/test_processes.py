@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -197,6 +198,53 @@ def test_a_killed_process_ends_the_others(tiny_run: Callable[..., list[str]], tm
     assert train.newest_checkpoint(tmp_path / "run") == tmp_path / "run" / "stage1" / "step_2"
 
 
+def test_a_process_that_cannot_start_costs_no_earlier_run(
+    tiny_run: Callable[..., list[str]], pair: SimpleNamespace, tmp_path: Path
+) -> None:
+    """Process 0 is ready to overwrite; process 1 fails to load a little later."""
+    shutil.copytree(pair.folder, tmp_path / "run")
+
+    def fail(rank: int) -> None:
+        def load_policy(*args: Any) -> Any:
+            time.sleep(1)
+            raise train.UserError("no memory here")
+
+        if rank == 1:
+            train.load_policy = load_policy
+
+    codes = fork_group(2, tiny_run(tmp_path, "--overwrite"), tmp_path / "logs", fail)
+    assert codes == [1, 2], everything_said(tmp_path / "logs")
+    assert output(tmp_path / "logs" / "1") == "Process 1: no memory here\n"
+    assert ending(tmp_path / "run") == pair.ending
+
+
+def test_a_slow_save_is_waited_for(tiny_run: Callable[..., list[str]], tmp_path: Path) -> None:
+    """A launcher ends the other processes as soon as one has gone, so none may go before the checkpoint is whole."""
+
+    def slow(rank: int) -> None:
+        signal_in_step(1, 3, sender=1)(rank)
+        if rank == 0:
+            save = train.save_checkpoint
+            train.save_checkpoint = lambda *args: (time.sleep(1), save(*args))
+        else:
+            leave = train.Interrupted.__init__
+            seen = tmp_path / "run" / "stage1" / "step_3" / "state.json"
+
+            def left(self: Any, *args: Any) -> None:
+                (tmp_path / "whole").write_text(str(seen.exists()))
+                leave(self, *args)
+
+            train.Interrupted.__init__ = left
+
+    codes = fork_group(2, tiny_run(tmp_path), tmp_path / "logs", slow)
+    assert codes == [130, 130], everything_said(tmp_path / "logs")
+    assert (tmp_path / "whole").read_text() == "True"
+
+
+def test_more_processes_than_rows_ask_no_reward_for_nothing() -> None:
+    assert train.grade([], [], train.RewardConfig()) == ([], [])
+
+
 def test_an_error_of_one_process_is_shown(tiny_run: Callable[..., list[str]], tmp_path: Path) -> None:
     def fail(rank: int) -> None:
         def improve(*args: Any) -> Any:
@@ -210,11 +258,11 @@ def test_an_error_of_one_process_is_shown(tiny_run: Callable[..., list[str]], tm
     assert output(tmp_path / "logs" / "1").splitlines() == ["the card is on fire"]
 
 
-def test_accelerate_launches_it(tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+def test_torchrun_launches_it(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, "train.py", "--config", "configs/tiny.yaml", "--smoke", "8", "--set", f"output.dir={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "score-tiny-smoke"
     assert steps_of(folder) == [(1, 1), (1, 2), (2, 1), (2, 2)]
-    assert done.stdout.count("Done in") == 1
+    assert done.stdout.count("2 processes") == done.stdout.count("Done in") == 1

@@ -381,7 +381,7 @@ def test_smoke_replaces_the_last_smoke_and_leaves_the_run_alone(
         assert [line["n"] for line in lines if line["event"] == "eval"] == [6, 6, 6]
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
     code, printed = run_here(
-        "--smoke", "2", "--start-stage", "2", "--resume-adapter", str(tmp_path / "run-smoke" / "stage1")
+        "--smoke", "4", "--start-stage", "2", "--resume-adapter", str(tmp_path / "run-smoke" / "stage1")
     )
     assert code == 0, printed
     assert [line["stage"] for line in events(tmp_path / "run-smoke") if line["event"] == "train"][-1] == 2
@@ -419,6 +419,9 @@ def test_eval_only_beside_a_run_changes_none_of_its_lines(
     assert code == 0, printed
     assert events(tmp_path / "run")[:-1] == events(full_run.folder)
     assert adapter_bytes(tmp_path / "run" / "stage2") == adapter_bytes(full_run.folder / "stage2")
+    folders = full_run.folder, tmp_path / "run"
+    before, after = (json.loads((folder / "results.json").read_text()) for folder in folders)
+    assert {key for key in before if before[key] != after[key]} == {"evals"}, "time and command are the run's"
 
 
 # --------------------------------------------------------------------------------------------------- stage 2 alone
@@ -463,6 +466,39 @@ def test_stage_two_from_a_mid_stage_checkpoint_into_the_same_folder(
     assert adapter_bytes(folder / "stage2") == first
     assert (folder / "stage1" / "step_2" / "adapter_model.safetensors").exists()
     assert [line["step"] for line in events(folder) if line.get("stage") == 2] == list(range(1, STEPS + 1))
+
+
+def test_stage_two_stopped_before_its_first_step_resumes_from_its_own_adapter(
+    run_here: Callable[..., Any], full_run: SimpleNamespace, tmp_path: Path
+) -> None:
+    """The folder's own Stage I is complete too, but Stage II was to begin from elsewhere."""
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    shutil.copytree(full_run.folder / "stage1" / "step_2", elsewhere)
+    start = ["--start-stage", "2", "--resume-adapter", str(elsewhere)]
+    ends = []
+    for flags in (start, [*start, "--resume"]):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(full_run.folder, folder, ignore=shutil.ignore_patterns("stage2"))
+        lines = [line for line in events(folder) if line.get("stage") != 2 and line.get("checkpoint") != "stage2"]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        code, printed = run_here(*flags)
+        assert code == 0, printed
+        assert [e["adapter"] for e in events(folder) if "adapter" in e] == [str(elsewhere)]
+        ends.append(adapter_bytes(folder / "stage2"))
+    assert ends[0] == ends[1] != adapter_bytes(full_run.folder / "stage2")
+
+
+def test_stage_two_with_other_prompts_evaluates_the_pretrained_model_anew(
+    run_here: Callable[..., Any], full_run: SimpleNamespace, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(full_run.folder, folder, ignore=shutil.ignore_patterns("stage2"))
+    adapter = ["--resume-adapter", str(folder / "stage1"), "--overwrite"]
+    code, printed = run_here("--start-stage", "2", *adapter, "--set", "eval.max_examples=4")
+    assert code == 0, printed
+    (pretrain,) = [e for e in events(folder) if e.get("checkpoint") == "pretrain"]
+    assert pretrain["n"] == 4
+    assert [e["step"] for e in events(folder) if e.get("stage") == 1] == list(range(1, STEPS + 1)), "Stage I stays"
 
 
 @pytest.mark.parametrize(
