@@ -36,7 +36,6 @@ import copy
 import difflib
 import importlib.metadata
 import importlib.util
-import io
 import json
 import logging
 import math
@@ -54,7 +53,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial, wraps
 from pathlib import Path
@@ -488,8 +487,7 @@ import torch.nn.functional as F
 DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 DEVICE = torch.device("cpu") if DEVICE is None or DEVICE.type not in ("cuda", "xpu") else DEVICE
 if DEVICE.type != "cpu":
-    with redirect_stdout(io.StringIO()):  # its banner
-        import unsloth  # noqa: F401
+    import unsloth  # noqa: F401
 
 import datasets
 import huggingface_hub
@@ -604,12 +602,11 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
         if use_unsloth:
             from unsloth import FastLanguageModel
 
-            with redirect_stdout(io.StringIO()):
-                model, _ = FastLanguageModel.from_pretrained(
-                    name, max_seq_length=config.model.max_seq_length, dtype=dtype, use_exact_model_name=True,
-                    load_in_4bit=config.model.load_in_4bit, trust_remote_code=config.model.trust_remote_code,
-                    **({"device_map": {"": PROCESSES.local_process_index}} if PROCESSES.num_processes > 1 else {}),
-                )
+            model, _ = FastLanguageModel.from_pretrained(
+                name, max_seq_length=config.model.max_seq_length, dtype=dtype, use_exact_model_name=True,
+                load_in_4bit=config.model.load_in_4bit, trust_remote_code=config.model.trust_remote_code,
+                **({"device_map": {"": PROCESSES.local_process_index}} if PROCESSES.num_processes > 1 else {}),
+            )
             checkpointing = config.model.gradient_checkpointing
             model = FastLanguageModel.get_peft_model(
                 model, **shared, use_gradient_checkpointing=checkpointing, random_state=seed
