@@ -2006,7 +2006,7 @@ def note_signal(number: int, _frame: Any) -> None:
     """First Ctrl-C or SIGTERM: stop after the step in hand. Second: at once."""
     SIGNALS_SEEN.append(time.monotonic())
     if len(SIGNALS_SEEN) == 1 and MAIN:
-        os.write(1, b"Stopping when this step is saved; once more to stop at once.\n")  # print may be in use
+        os.write(1, b"Stopping at the next safe point; once more to stop at once.\n")  # print may be in use
     elif PROCESSES.num_processes == 1 or SIGNALS_SEEN[-1] - SIGNALS_SEEN[0] > 2:  # launchers pass a Ctrl-C on
         os._exit(130)
 
