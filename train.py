@@ -36,6 +36,7 @@ import copy
 import difflib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -53,7 +54,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial, wraps
 from pathlib import Path
@@ -487,7 +488,8 @@ import torch.nn.functional as F
 DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 DEVICE = torch.device("cpu") if DEVICE is None or DEVICE.type not in ("cuda", "xpu") else DEVICE
 if DEVICE.type != "cpu":
-    import unsloth  # noqa: F401
+    with redirect_stdout(io.StringIO()):  # its banner
+        import unsloth  # noqa: F401
 
 import datasets
 import huggingface_hub
@@ -602,15 +604,16 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
         if use_unsloth:
             from unsloth import FastLanguageModel
 
-            model, _ = FastLanguageModel.from_pretrained(
-                name, max_seq_length=config.model.max_seq_length, dtype=dtype, use_exact_model_name=True,
-                load_in_4bit=config.model.load_in_4bit, trust_remote_code=config.model.trust_remote_code,
-                **({"device_map": {"": PROCESSES.local_process_index}} if PROCESSES.num_processes > 1 else {}),
-            )
             checkpointing = config.model.gradient_checkpointing
-            model = FastLanguageModel.get_peft_model(
-                model, **shared, use_gradient_checkpointing=checkpointing, random_state=seed
-            )
+            with redirect_stdout(io.StringIO()):  # banners again
+                model, _ = FastLanguageModel.from_pretrained(
+                    name, max_seq_length=config.model.max_seq_length, dtype=dtype, use_exact_model_name=True,
+                    load_in_4bit=config.model.load_in_4bit, trust_remote_code=config.model.trust_remote_code,
+                    **({"device_map": {"": PROCESSES.local_process_index}} if PROCESSES.num_processes > 1 else {}),
+                )
+                model = FastLanguageModel.get_peft_model(
+                    model, **shared, use_gradient_checkpointing=checkpointing, random_state=seed
+                )
             for_generation = partial(FastLanguageModel.for_inference, model)
             for_training = partial(FastLanguageModel.for_training, model, use_gradient_checkpointing=checkpointing)
         else:

@@ -1,0 +1,31 @@
+"""An ablation of the paper, "no multi-turn training": only attempt 1 is trained, attempt 2 is sampled and watched.
+
+    python tests/single_attempt.py --config configs/gsm8k.yaml --set run_name=single train.stage1_epochs=0
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def main() -> int:
+    """Runs train.py with another `stage_terms` and without the update on attempt 2, which has no loss."""
+    import train
+
+    update = train.accumulate_gradients
+
+    def only_attempt1(policy, attempt, returns, *rest):
+        if returns is None:
+            return dict(loss=0.0, kl_sum=0.0, kl_max=0.0, drift_sum=0.0, tokens=1)
+        return update(policy, attempt, returns, *rest)
+
+    train.stage_terms = lambda stage, r1, r2, config: [(r1, config.beta1), (None, 0.0)]
+    train.accumulate_gradients = only_attempt1
+    return train.main(*train.parse_command_line())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
