@@ -2108,6 +2108,7 @@ class Run:
     def evals(self) -> list[dict[str, Any]]:
         return [e for e in read_lines(self.folder / "metrics.jsonl") if e["event"] == "eval"]
 
+    @on_main
     def write_results(self) -> None:
         evals = self.evals()
         packages = ("torch", "transformers", "peft", "unsloth", "datasets")
@@ -2296,6 +2297,12 @@ def draw_curves(folder: Path) -> None:
             axis.axvline(boundary + 0.5, color="gray", linestyle="--", linewidth=1)
             for text, side in (("Stage I ", "right"), (" Stage II", "left")):
                 axis.text(boundary + 0.5, 0.99, text, transform=axis.get_xaxis_transform(), ha=side, va="top", size=8)
+        if name == "kl" and steps:  # K3 has a heavy tail: one token can be worth a hundred steps
+            each = np.array([[e["kl_attempt1"], e["kl_attempt2"]] for e in steps], dtype=float)
+            usual = 4 * np.nanquantile(each, 0.95) if np.isfinite(each).any() else 0
+            if 0 < usual < np.nanmax(each):
+                axis.set_ylim(-0.02 * usual, usual)
+                title += ", peaks cut off"
         axis.axhline(0, color="black", linewidth=0.5)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("optimizer step")
@@ -2475,7 +2482,7 @@ from transformers import AutoTokenizer
 model, tokenizer = AutoPeftModelForCausalLM.from_pretrained("{where}"), AutoTokenizer.from_pretrained("{where}")
 ```
 
-{system}Sent after the first answer, to get the corrected one:
+{system}Sent after the first answer (as the token ids it came in, not encoded anew), to get the corrected one:
 
 ```
 {config.prompts.self_correction.strip()}
@@ -2575,7 +2582,7 @@ def train_stage(policy: Policy, examples: list[Example], stage: int, config: Con
             here = folder / f"step_{step}"
             save_checkpoint(policy, here, state | {"step": step}, optimizer, model_card(config, run.evals(), here))
             prune_checkpoints(folder, config.output.keep_checkpoints)
-            draw_curves(run.folder)
+            run.write_results()
             say(f"Saved {here} ({now})")
             if stop:
                 PROCESSES.wait_for_everyone()  # a launcher ends the rest when one has gone
