@@ -112,6 +112,17 @@ def fault_in_rust(module: Any, name: str, number: int, due: Callable[[], bool], 
     setattr(module, name, call)
 
 
+def fault_in_fsync_of_a_checkpoint(number: int, due: Callable[[], bool]) -> None:
+    inner = os.fsync
+
+    def call(descriptor: int) -> None:
+        if due() and "step_2" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+        inner(descriptor)
+
+    os.fsync = call
+
+
 def fault_in_tokenizer(number: int, due: Callable[[], bool]) -> None:
     inner = transformers.PreTrainedTokenizerFast._save_pretrained
 
@@ -149,7 +160,8 @@ WRITERS = {
     "tokenizer_config.json": (opening("tokenizer_config.json"), "stage1/step_2"),
     "the model card": (opening("README.md"), "stage1/step_2"),
     "state.json": (opening("state.json"), "stage1/step_2"),
-    "fsync": (calling(os, "fsync"), "stage1/step_2"),
+    "fsync": (calling(os, "fsync"), "results.json"),
+    "fsync of a checkpoint": (fault_in_fsync_of_a_checkpoint, "stage1/step_2"),
     "rename of a checkpoint": (calling(os, "rename"), "stage1/step_2"),
     "replacing results.json": (calling(os, "replace", of="results.json"), "results.json"),
     "moving the stage's end": (calling(os, "replace", of="adapter_model.safetensors"), "stage1"),
