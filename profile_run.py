@@ -21,6 +21,7 @@ import sys
 import textwrap
 import time
 from contextlib import suppress
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -118,10 +119,8 @@ def time_rollout(train, policy, examples, config, name: str) -> tuple[float, lis
 
 def compare_static_cache(train, policy, examples, config) -> None:
     """transformers' generate with a static cache and its compiled step, where the model takes it."""
-    import functools
-
     generate = policy.model.generate
-    policy.model.generate = functools.partial(generate, cache_implementation="static")
+    policy.model.generate = partial(generate, cache_implementation="static")
     print("generate, static cache: its compilation can take minutes; Ctrl-C leaves it out", flush=True)
     try:
         time_rollout(train, policy, examples, config, "generate, static cache, compiled")
@@ -136,6 +135,8 @@ def compare_static_cache(train, policy, examples, config) -> None:
 def time_decoding(train, policy, examples, sizes: list[int], new_tokens: int, name: str) -> None:
     """Decodes exactly `new_tokens` tokens a row, EOS ignored, at each batch size: medians of REPEATS after a first."""
     eos, policy.eos_token_ids = policy.eos_token_ids, []
+    engine = policy.engine
+    policy.engine = engine and partial(train.engine_samples, policy.model, [])
     held = policy.decoder.eos.clone() if policy.decoder else None
     if policy.decoder:
         policy.decoder.eos.fill_(-1)
@@ -149,7 +150,7 @@ def time_decoding(train, policy, examples, sizes: list[int], new_tokens: int, na
         print(f"{name:<42} {size:>5} rows {size * new_tokens / seconds:>9,.0f} tokens/s "
               f"{1e3 * seconds / new_tokens:>8.2f} ms/token step {seconds:>8.2f} s (first {first:.2f} s) "
               f"{peak_memory(train):>7.2f} GiB", flush=True)
-    policy.eos_token_ids = eos
+    policy.eos_token_ids, policy.engine = eos, engine
     if policy.decoder:
         policy.decoder.eos.copy_(held)
 
@@ -238,7 +239,7 @@ def main() -> int:
         tokenizer = train.load_tokenizer(config)
         pool, test = train.load_examples(config, tokenizer)
         longest = max(len(example.prompt) for example in pool + test)
-        policy = train.load_policy(config, tokenizer)
+        loading, policy = timed(train, lambda: train.load_policy(config, tokenizer))
     except train.UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -246,12 +247,19 @@ def main() -> int:
 
     card = torch.cuda.get_device_name() if train.DEVICE.type == "cuda" else train.DEVICE.type
     examples = pool[: args.n]
-    print(f"{config.model.name} on {card}; {len(examples)} problems x {config.train.num_generations} rollouts\n")
+    print(f"{config.model.name} on {card}, loaded in {loading:.1f} s; {len(examples)} problems x "
+          f"{config.train.num_generations} rollouts\n")
     examples = [example for example in examples for _ in range(config.train.num_generations)]
-    name = "generate, as loaded" if policy.decoder is None else "built-in decoder"
+    name = "vLLM" if policy.engine else "built-in decoder" if policy.decoder else "generate, as loaded"
     if args.decode:
         print(f"Decoding {args.tokens} tokens a row, prefill included, EOS ignored; medians of {REPEATS}")
         time_decoding(train, policy, pool, args.decode, args.tokens, name)
+        if args.compare and policy.engine:
+            engine, policy.engine = policy.engine, None
+            policy.decoder = train.Decoder(policy.model, policy.eos_token_ids, policy.pad_token_id)
+            time_decoding(train, policy, pool, args.decode, args.tokens, "built-in decoder")
+            policy.decoder.release()
+            policy.engine, policy.decoder = engine, None
         if args.compare and policy.decoder:
             decoder, policy.decoder = policy.decoder, None
             time_decoding(train, policy, pool, args.decode, args.tokens, "generate, as loaded")
@@ -267,7 +275,7 @@ def main() -> int:
     print(f"{'update, both attempts and the reference':<42} {len(examples):>5} rows {tokens / update:>9,.0f} tokens/s "
           f"{update:>31.2f} s (first {first:.2f} s) {peak_memory(train):>7.2f} GiB")
     print(f"one Stage II step: {total:.2f} s, rollout {rollout / total:.0%}, update {update / total:.0%}")
-    if args.compare:
+    if args.compare and not policy.engine:
         if policy.decoder:
             policy.decoder.release()
             policy.decoder = None

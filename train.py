@@ -130,6 +130,7 @@ class ModelConfig(Section):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] = {}
     fast_inference: bool = False
+    fast_inference_gpu_mem: Real = Field(0.5, gt=0, lt=1)
     gradient_checkpointing: Literal[True, False, "unsloth"] = True
     decoder: Literal["auto", "graph", "generate"] = "auto"
     trust_remote_code: bool = False
@@ -137,9 +138,9 @@ class ModelConfig(Section):
 
     @field_validator("fast_inference")
     @classmethod
-    def no_second_engine(cls, value: bool) -> bool:
-        if value:
-            raise ValueError("vLLM rollouts are not supported; set it to false: model.decoder is the fast path")
+    def has_vllm(cls, value: bool) -> bool:
+        if value and not importlib.util.find_spec("vllm"):
+            raise ValueError("needs vLLM: pip install vllm, or set it to false: model.decoder is fast without")
         return value
 
 
@@ -214,6 +215,7 @@ class TrainConfig(Section):
     beta2: Real = Field(0.1, ge=0)
     baseline: Literal["leave_one_out", "batch", "none"] = "leave_one_out"
     num_generations: int = Field(1, ge=1)
+    importance_clip: Real | None = Field(None, gt=0)
     length_norm: Literal["sequence", "constant"] = "sequence"
     generation_temperature: Real = Field(1.0, gt=0)
     max_new_tokens_attempt1: int = Field(512, ge=1)
@@ -253,8 +255,9 @@ class Config(Section):
 
 
 # A resumed run may change these: they move time, memory and files, not the mathematics.
-HARMLESS_KEYS = ("wandb_project", "eval.", "output.", "model.decoder", "model.gradient_checkpointing",
-                 "train.micro_batch_size", "train.checkpoint_every", "train.max_skipped_steps")
+HARMLESS_KEYS = ("wandb_project", "eval.", "output.", "model.decoder", "model.fast_inference",
+                 "model.gradient_checkpointing", "train.micro_batch_size", "train.checkpoint_every",
+                 "train.max_skipped_steps")
 
 
 def did_you_mean(word: str, words: Any) -> str:
@@ -317,6 +320,8 @@ def budget_faults(config: Config) -> list[str]:
                 f"train.stage{stage}_batch_size: baseline {train.baseline} needs at least 2 rollouts a step; "
                 "raise the batch or num_generations, or set train.baseline to none"
             )
+    if config.model.fast_inference and config.model.decoder != "auto":
+        faults.append(f"model.decoder: {config.model.decoder} leaves nothing to model.fast_inference; set it to auto")
     if config.dataset.split and config.dataset.test_split_size is None:
         faults.append("dataset.test_split_size: required with dataset.split: how many of its rows to hold out for test")
     return faults
@@ -534,6 +539,7 @@ class Policy:
     for_generation: Callable[[], Any]
     for_training: Callable[[], Any]
     decoder: Decoder | None = None
+    engine: Callable | None = None  # vLLM's, in the decoder's place
     micro_tokens: int = 0  # the update's tokens per micro-batch, pads included; an out-of-memory halves it
 
     @property
@@ -595,6 +601,8 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
     holds LoRA weights to start from. Raises UserError for a model or an adapter that does not fit."""
     bridge, think_prefix = attempt2_bridge(tokenizer, config)
     use_unsloth = DEVICE.type != "cpu" if use_unsloth is None else use_unsloth
+    if config.model.fast_inference and (not use_unsloth or PROCESSES.num_processes > 1):
+        raise UserError("model.fast_inference: vLLM serves one process with a GPU; set it to false")
     name, lora, seed = config.model.name, config.model.lora, config.train.seed
     dtype = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
     torch.manual_seed(seed)  # LoRA's A matrices
@@ -605,11 +613,14 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
             from unsloth import FastLanguageModel
 
             checkpointing = config.model.gradient_checkpointing
+            engine = dict(fast_inference=True, gpu_memory_utilization=config.model.fast_inference_gpu_mem,
+                          max_lora_rank=max(8, 1 << (lora.r - 1).bit_length()))  # vLLM knows powers of two
             with redirect_stdout(io.StringIO()):  # banners again
                 model, _ = FastLanguageModel.from_pretrained(
                     name, max_seq_length=config.model.max_seq_length, dtype=dtype, use_exact_model_name=True,
                     load_in_4bit=config.model.load_in_4bit, trust_remote_code=config.model.trust_remote_code,
                     **({"device_map": {"": PROCESSES.local_process_index}} if PROCESSES.num_processes > 1 else {}),
+                    **(engine if config.model.fast_inference else {}),
                 )
                 model = FastLanguageModel.get_peft_model(
                     model, **shared, use_gradient_checkpointing=checkpointing, random_state=seed
@@ -663,9 +674,17 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
     policy = Policy(model, tokenizer, eos, pad, think_prefix, bridge, for_generation, for_training,
                     micro_tokens=config.train.micro_batch_size * longest)
     check_log_prob_route(policy)
+    if config.model.fast_inference:
+        if not hasattr(model, "vllm_engine"):
+            raise UserError(f"model.fast_inference: Unsloth has no vLLM engine for {name}; set it to false")
+        policy.engine = partial(engine_samples, model, eos)
+        return policy
     reason = "model.decoder is generate" if config.model.decoder == "generate" else why_not_decodable(model)
     if reason and config.model.decoder == "graph":
         raise UserError(f"model.decoder: graph cannot serve {name}: {reason}; use auto or generate")
+    if reason and config.train.importance_clip:
+        raise UserError(f"train.importance_clip: needs the sampler's log-probs, which model.generate does not give "
+                        f"({reason}); set it to null")
     if reason:
         say(f"Rollouts use model.generate: {reason}.")
     else:
@@ -1609,8 +1628,9 @@ def sample(
         completions, log_probs = zip(*parts, strict=True)
         return sum(completions, []), None if log_probs[0] is None else sum(log_probs, [])
     seed_number = random.Random(seed).getrandbits(31)
-    if policy.decoder:
-        return policy.decoder.generate(prompts, max_new_tokens, temperature, seed_number)
+    if policy.engine or policy.decoder:
+        generate = policy.engine or policy.decoder.generate
+        return generate(prompts, max_new_tokens, temperature, seed_number)
     torch.manual_seed(seed_number)
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), policy.pad_token_id)
@@ -1628,9 +1648,35 @@ def sample(
     return [until_eos(row, policy.eos_token_ids) for row in output[:, width:].tolist()], None
 
 
+def engine_samples(
+    model: Any, eos_token_ids: list[int], prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int
+) -> tuple[list[list[int]], list[list[float]]]:
+    """`sample` by Unsloth's vLLM engine, with the LoRA weights of this moment (none inside `reference`).
+
+    Token ids and log-probs are the engine's own: nothing is decoded and encoded again. No EOS: none ends a row. Each
+    row has a seed of its own, or rollouts of one prompt would be the same."""
+    from vllm import SamplingParams
+
+    live = not any(getattr(module, "disable_adapters", None) is True for module in model.modules())
+    folder = os.path.join(tempfile.gettempdir(), f"score-lora-{os.getpid()}")  # for the adapter's settings
+    how = [SamplingParams(
+        temperature=temperature, top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0, seed=(seed + row) % 2**31,
+        max_tokens=max_new_tokens, stop_token_ids=eos_token_ids, ignore_eos=not eos_token_ids, logprobs=0,
+        detokenize=False,
+    ) for row in range(len(prompts))]
+    answers = model.fast_generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts], sampling_params=how, use_tqdm=False,
+        lora_request=model.load_lora(folder, load_tensors=True) if live else None,
+    )
+    rows = [answer.outputs[0] for answer in answers]
+    log_probs = [[found[token].logprob for token, found in zip(row.token_ids, row.logprobs, strict=True)]
+                 for row in rows]
+    return [list(row.token_ids) for row in rows], log_probs
+
+
 def rows_that_fit(policy: Policy, slots: int) -> int:
     """How many rows of `slots` tokens decode together: their K/V cache and logits may take half of the free memory."""
-    if DEVICE.type != "cuda":
+    if DEVICE.type != "cuda" or policy.engine:  # which queues what does not fit
         return 2**31
     config = policy.model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -1785,7 +1831,9 @@ def accumulate_gradients(policy: Policy, attempt: Attempt, returns: torch.Tensor
         mean over rows of  [ -A * sum_t log pi_t  +  kappa * sum_t k3_t ] / N
 
     to the parameters, a micro-batch at a time. A is the advantage, N the row's own length (`sequence`) or the token
-    budget (`constant`, Dr. GRPO). Returns the attempt's share of the loss and its token statistics."""
+    budget (`constant`, Dr. GRPO). With `importance_clip` C, A is weighted a token by min(pi / sampler, C): truncated
+    importance sampling, for a sampler whose probabilities are a little off. Returns the attempt's share of the loss
+    and its token statistics."""
     credit = advantages(returns, train).tolist()
     rows_in_batch, stats = len(attempt.completions), dict(loss=0.0, kl_sum=0.0, kl_max=0.0, drift_sum=0.0, tokens=0)
     for rows in micro_batches(attempt, policy.micro_tokens):
@@ -1797,6 +1845,11 @@ def accumulate_gradients(policy: Policy, attempt: Attempt, returns: torch.Tensor
         norm = lengths if train.length_norm == "sequence" else torch.full_like(lengths, budget)
         per_token = lambda values: torch.repeat_interleave(values, lengths)  # [B] -> [N]  # noqa: E731, B023
         credits = per_token(torch.tensor([credit[r] for r in rows], device=DEVICE))
+        if attempt.sampled_log_probs is not None:
+            sampled = torch.tensor([p for r in rows for p in attempt.sampled_log_probs[r]], device=DEVICE)
+            stats["drift_sum"] += (log_probs.detach() - sampled).abs().sum().item()
+            if train.importance_clip:
+                credits = credits * (log_probs.detach() - sampled).exp().clamp(max=train.importance_clip)
         kl = k3(log_probs, reference_log_probs)
         loss = ((-credits * log_probs + kappa * kl) / per_token(norm)).sum() / rows_in_batch
         loss.backward()
@@ -1804,16 +1857,14 @@ def accumulate_gradients(policy: Policy, attempt: Attempt, returns: torch.Tensor
         stats["kl_sum"] += kl.sum().item()
         stats["kl_max"] = float(np.maximum(stats["kl_max"], kl.max().item()))  # unlike max, keeps a NaN
         stats["tokens"] += len(log_probs)
-        if attempt.sampled_log_probs is not None:
-            sampled = torch.tensor([p for r in rows for p in attempt.sampled_log_probs[r]], device=DEVICE)
-            stats["drift_sum"] += (log_probs.detach() - sampled).abs().sum().item()
     return stats
 
 
 def improve(policy: Policy, optimizer: torch.optim.Optimizer, attempts: list[Attempt], stage: int,
             config: Config) -> dict[str, Any]:
     """One REINFORCE step on a rolled-out batch. Returns loss, KL and gradient statistics; "skipped" is True, and the
-    weights are untouched, if loss or gradient is not finite. On-policy, so there is no importance ratio.
+    weights are untouched, if loss or gradient is not finite. On-policy, so there is no importance ratio but the one
+    that `importance_clip` asks for.
 
     An out-of-memory starts the update over with half the micro-batch: nothing of the step is lost."""
     train = config.train

@@ -238,9 +238,15 @@ CASES = [
         "you mean gsm8k_hash? (got 'gsm8k')",
     ], {"reward.answer_extractor": "gsm8k"}),
     Case("vllm", [
-        "model.fast_inference: vLLM rollouts are not supported; set it to false: model.decoder is the fast path "
+        "model.fast_inference: needs vLLM: pip install vllm, or set it to false: model.decoder is fast without "
         "(got True)",
     ], {"model.fast_inference": True}),
+    Case("vllm's share of the memory", [
+        "model.fast_inference_gpu_mem: input should be less than 1 (got 1.5)",
+    ], {"model.fast_inference_gpu_mem": 1.5}),
+    Case("importance clip", [
+        "train.importance_clip: input should be greater than 0 (got 0)",
+    ], {"train.importance_clip": 0}),
     Case("required key missing", [
         "run_name: required, and not given",
     ], text=yaml.safe_dump({k: v for k, v in CONFIG.items() if k != "run_name"})),
