@@ -34,6 +34,7 @@ from __future__ import annotations
 import argparse
 import copy
 import difflib
+import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -322,6 +323,8 @@ def budget_faults(config: Config) -> list[str]:
             )
     if config.model.fast_inference and config.model.decoder != "auto":
         faults.append(f"model.decoder: {config.model.decoder} leaves nothing to model.fast_inference; set it to auto")
+    if config.model.fast_inference and train.generation_temperature > 2:
+        faults.append(f"train.generation_temperature: {train.generation_temperature} is more than vLLM's 2; lower it")
     if config.dataset.split and config.dataset.test_split_size is None:
         faults.append("dataset.test_split_size: required with dataset.split: how many of its rows to hold out for test")
     return faults
@@ -736,6 +739,11 @@ class Example:
     question: str
     target: str
     prompt: list[int]
+
+
+def fingerprint(examples: list[Example]) -> str:
+    """Changes with any prompt, target or their order: a resumed run goes on with the rows it began with."""
+    return hashlib.sha256(json.dumps([[e.prompt, e.target] for e in examples]).encode()).hexdigest()[:16]
 
 
 def load_examples(config: Config, tokenizer: Any) -> tuple[list[Example], list[Example]]:
@@ -2602,7 +2610,7 @@ def train_stage(policy: Policy, examples: list[Example], stage: int, config: Con
         if done:
             load_optimizer(policy, optimizer, checkpoint / "optimizer.safetensors")
     skipped_in_a_row, folder = 0, run.folder / f"stage{stage}"
-    state = {"stage": stage, "wandb_id": run.wandb.id if run.wandb else None}
+    state = {"stage": stage, "wandb_id": run.wandb.id if run.wandb else None, "train_rows": fingerprint(examples)}
     bar = progress(range(done + 1, len(batches) + 1), f"Stage {'I' * stage}", initial=done, total=len(batches))
     for step in bar:
         rows = [examples[i] for i in batches[step - 1] for _ in range(train.num_generations)]
@@ -2642,13 +2650,13 @@ def train_stage(policy: Policy, examples: list[Example], stage: int, config: Con
     save_checkpoint(policy, folder, state | {"step": len(batches), "finished": True}, None, card)
 
 
-def stage_batches(stage: int, examples: int, config: Config) -> list[list[int]]:
-    """The index batches of a stage. Raises UserError when there are fewer examples than one batch needs."""
+def stage_batches(stage: int, examples: int, config: Config, runs: bool = True) -> list[list[int]]:
+    """The index batches of a stage. Raises UserError, if it runs, when there are not examples enough for one."""
     size, epochs = (getattr(config.train, f"stage{stage}_{key}") for key in ("batch_size", "epochs"))
-    if epochs > 0 and examples < size:
+    if runs and epochs > 0 and examples < size:
         raise UserError(f"train.stage{stage}_batch_size: {size} is more than the {examples} train examples; lower it")
     batches = shuffled_batches(examples, size, epochs, f"{config.train.seed}/stage{stage}")
-    if epochs > 0 and not batches:
+    if runs and epochs > 0 and not batches:
         raise UserError(f"train.stage{stage}_epochs: {epochs} of {examples} examples is less than one step of {size}; "
                         "raise it, or set 0 to skip the stage")
     return batches
@@ -2673,13 +2681,17 @@ def train_and_evaluate(args: argparse.Namespace, config: Config) -> None:
     train, test = load_examples(config, tokenizer)
     train = train[: args.smoke] if args.smoke else train
     test = test[: config.eval.max_examples]
-    steps = {stage: 0 if args.eval_only else len(stage_batches(stage, len(train), config)) for stage in (1, 2)}
+    steps = {stage: 0 if args.eval_only else len(stage_batches(stage, len(train), config, stage >= args.start_stage))
+             for stage in (1, 2)}
+    state = json.loads((checkpoint / "state.json").read_text()) if checkpoint else {}
+    if state.get("train_rows", "") not in ("", fingerprint(train)):
+        raise UserError(f"--resume: {checkpoint} was trained on other rows or prompts of {config.dataset.name}; put "
+                        "them back, or start a new run with --set run_name=NAME")
     adapter = checkpoint or (Path(args.resume_adapter) if args.resume_adapter else None)
     policy = load_policy(config, tokenizer, adapter)
     PROCESSES.wait_for_everyone()  # until all have loaded: now the folder may change
     enter_run(args, run, checkpoint)
     PROCESSES.wait_for_everyone()
-    state = json.loads((checkpoint / "state.json").read_text()) if checkpoint else {}
     start_wandb(run, state.get("wandb_id"))
     say(f"{config.run_name}: {config.model.name} on {DEVICE.type}, {len(train)} train and {len(test)} test examples, "
         f"{steps[1] if args.start_stage == 1 else 0} + {steps[2]} steps, "
@@ -2701,7 +2713,8 @@ def train_and_evaluate(args: argparse.Namespace, config: Config) -> None:
         if args.start_stage == 2 and not checkpoint:
             record("stage1", steps[1], adapter=args.resume_adapter)
             start = run.folder / "stage2" / "step_0"  # for --resume
-            save_checkpoint(policy, start, {"stage": 2, "step": 0}, None, model_card(config, run.evals(), start))
+            state = {"stage": 2, "step": 0, "train_rows": fingerprint(train)}
+            save_checkpoint(policy, start, state, None, model_card(config, run.evals(), start))
         for stage in (1, 2):
             before = steps[1] if stage == 2 else 0
             if stage >= start_stage and steps[stage] > (done if stage == start_stage else 0):

@@ -208,6 +208,8 @@ def test_faults_are_told_before_anything_is_trained(make_policy: Callable[..., A
         make_policy({"model.fast_inference": True})
     with pytest.raises(train.UserError, match=r"^model.decoder: graph leaves nothing to model.fast_inference"):
         make_policy({"model.fast_inference": True, "model.decoder": "graph"}, use_unsloth=True)
+    with pytest.raises(train.UserError, match=r"^train.generation_temperature: 2.5 is more than vLLM's 2; lower it"):
+        make_policy({"model.fast_inference": True, "train.generation_temperature": 2.5}, use_unsloth=True)
     FastLanguageModel.has_engine = False
     with pytest.raises(train.UserError, match=r"^model.fast_inference: Unsloth has no vLLM engine for .*; set it to"):
         make_policy({"model.fast_inference": True}, use_unsloth=True)

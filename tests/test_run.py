@@ -560,6 +560,35 @@ def test_resuming_with_other_mathematics_is_refused(
     assert_same_run(tmp_path / "run", full_run.folder)
 
 
+def test_resuming_on_other_rows_is_refused(run_here: Callable[..., Any], data_dir: Path, tmp_path: Path) -> None:
+    folder, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(data_dir, data)
+    flags = ["--set", f"dataset.name={data}", "train.stage1_epochs=1", "train.stage2_epochs=0"]
+    assert run_here(*flags)[0] == 0
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    rows = (data / "train.jsonl").read_text()
+    (data / "train.jsonl").write_text(rows.replace("10+0=?", "10+10=?"))
+    code, printed = run_here("--resume", *flags)
+    assert (code, printed.splitlines()) == (
+        2, [f"--resume: {folder / 'stage1'} was trained on other rows or prompts of {data}; put them back, or start a "
+            "new run with --set run_name=NAME"])  # fmt: skip
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    (data / "train.jsonl").write_text(rows)
+    assert run_here("--resume", *flags)[0] == 0
+
+
+def test_stage_two_alone_asks_nothing_of_stage_ones_batches(
+    run_here: Callable[..., Any], full_run: SimpleNamespace, tmp_path: Path
+) -> None:
+    start = ["--start-stage", "2", "--resume-adapter", str(full_run.folder / "stage1")]
+    code, printed = run_here(*start, "--set", "train.stage1_batch_size=500", "train.stage2_epochs=0.4")
+    assert code == 0, printed
+    assert [line["global_step"] for line in events(tmp_path / "run") if line.get("stage") == 2] == [1]
+    code, printed = run_here("--set", "train.stage1_batch_size=500", "run_name=other")
+    assert (code, printed.splitlines()) == (
+        2, ["train.stage1_batch_size: 500 is more than the 24 train examples; lower it"])  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "lost",
     [
