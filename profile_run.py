@@ -254,12 +254,6 @@ def main() -> int:
     if args.decode:
         print(f"Decoding {args.tokens} tokens a row, prefill included, EOS ignored; medians of {REPEATS}")
         time_decoding(train, policy, pool, args.decode, args.tokens, name)
-        if args.compare and policy.engine:
-            engine, policy.engine = policy.engine, None
-            policy.decoder = train.Decoder(policy.model, policy.eos_token_ids, policy.pad_token_id)
-            time_decoding(train, policy, pool, args.decode, args.tokens, "built-in decoder")
-            policy.decoder.release()
-            policy.engine, policy.decoder = engine, None
         if args.compare and policy.decoder:
             decoder, policy.decoder = policy.decoder, None
             time_decoding(train, policy, pool, args.decode, args.tokens, "generate, as loaded")
@@ -275,7 +269,14 @@ def main() -> int:
     print(f"{'update, both attempts and the reference':<42} {len(examples):>5} rows {tokens / update:>9,.0f} tokens/s "
           f"{update:>31.2f} s (first {first:.2f} s) {peak_memory(train):>7.2f} GiB")
     print(f"one Stage II step: {total:.2f} s, rollout {rollout / total:.0%}, update {update / total:.0%}")
-    if args.compare and not policy.engine:
+    if args.compare and policy.engine:  # last: the decoder moves the weights, so that there are two copies of them
+        reason = train.why_not_decodable(policy.model)
+        if reason:
+            print(f"built-in decoder: does not run here: {reason}")
+        else:
+            policy.engine, policy.decoder = None, train.Decoder(policy.model, policy.eos_token_ids, policy.pad_token_id)
+            time_decoding(train, policy, pool, args.decode or [len(examples)], args.tokens, "built-in decoder")
+    elif args.compare:
         if policy.decoder:
             policy.decoder.release()
             policy.decoder = None

@@ -37,7 +37,6 @@ import difflib
 import hashlib
 import importlib.metadata
 import importlib.util
-import io
 import json
 import logging
 import math
@@ -141,7 +140,7 @@ class ModelConfig(Section):
     @classmethod
     def has_vllm(cls, value: bool) -> bool:
         if value and not importlib.util.find_spec("vllm"):
-            raise ValueError("needs vLLM: pip install vllm, or set it to false: model.decoder is fast without")
+            raise ValueError("needs vLLM: pip install vllm==0.24.0, or set it to false (model.decoder is fast too)")
         return value
 
 
@@ -323,8 +322,10 @@ def budget_faults(config: Config) -> list[str]:
             )
     if config.model.fast_inference and config.model.decoder != "auto":
         faults.append(f"model.decoder: {config.model.decoder} leaves nothing to model.fast_inference; set it to auto")
-    if config.model.fast_inference and train.generation_temperature > 2:
-        faults.append(f"train.generation_temperature: {train.generation_temperature} is more than vLLM's 2; lower it")
+    for section in ("train", "eval") if config.model.fast_inference else ():
+        heat = getattr(config, section).generation_temperature
+        if heat and not 0.01 <= heat <= 2:
+            faults.append(f"{section}.generation_temperature: vLLM takes 0.01 to 2 and 0 (greedy), and it is {heat}")
     if config.dataset.split and config.dataset.test_split_size is None:
         faults.append("dataset.test_split_size: required with dataset.split: how many of its rows to hold out for test")
     return faults
@@ -485,6 +486,7 @@ if __name__ == "__main__":  # a fault in the config costs a second, not the minu
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import warns of a coming change there
 
 import numpy as np
@@ -495,8 +497,9 @@ import torch.nn.functional as F
 # runs on transformers + PEFT: load_policy decides, nothing after it asks.
 DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 DEVICE = torch.device("cpu") if DEVICE is None or DEVICE.type not in ("cuda", "xpu") else DEVICE
+BANNERS = tempfile.TemporaryFile("w+", encoding="utf-8")  # what Unsloth prints; vLLM wants a real file  # noqa: SIM115
 if DEVICE.type != "cpu":
-    with redirect_stdout(io.StringIO()):  # its banner
+    with redirect_stdout(BANNERS):
         import unsloth  # noqa: F401
 
 import datasets
@@ -618,7 +621,8 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
             checkpointing = config.model.gradient_checkpointing
             engine = dict(fast_inference=True, gpu_memory_utilization=config.model.fast_inference_gpu_mem,
                           max_lora_rank=max(8, 1 << (lora.r - 1).bit_length()))  # vLLM knows powers of two
-            with redirect_stdout(io.StringIO()):  # banners again
+            heard = BANNERS.tell()
+            with redirect_stdout(BANNERS):
                 model, _ = FastLanguageModel.from_pretrained(
                     name, max_seq_length=config.model.max_seq_length, dtype=dtype, use_exact_model_name=True,
                     load_in_4bit=config.model.load_in_4bit, trust_remote_code=config.model.trust_remote_code,
@@ -628,6 +632,10 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
                 model = FastLanguageModel.get_peft_model(
                     model, **shared, use_gradient_checkpointing=checkpointing, random_state=seed
                 )
+            BANNERS.seek(heard)
+            for line in BANNERS:  # among them one that matters now and then
+                if re.search("disabling|cannot|will switch|defaulting", line, re.IGNORECASE):
+                    say(line.strip())
             for_generation = partial(FastLanguageModel.for_inference, model)
             for_training = partial(FastLanguageModel.for_training, model, use_gradient_checkpointing=checkpointing)
         else:
@@ -661,7 +669,7 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
         raise UserError(f"model.name: the tokenizer of {name} has tokens that its model lacks: it is another model's")
     # A model's own generation_config (top_k, top_p, repetition penalty) would sample from another policy than the one
     # whose log-probs are trained: keep its token ids and nothing else.
-    eos = eos_ids(model, tokenizer)
+    eos = eos_ids(model, tokenizer, name)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
     model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=pad)
     model.peft_config["default"].base_model_name_or_path = name
@@ -680,6 +688,11 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
     if config.model.fast_inference:
         if not hasattr(model, "vllm_engine"):
             raise UserError(f"model.fast_inference: Unsloth has no vLLM engine for {name}; set it to false")
+        settings = getattr(getattr(model.vllm_engine, "llm_engine", None), "model_config", None)
+        held = getattr(settings, "max_model_len", longest)  # Unsloth lowers it where the K/V cache is small
+        if held < longest:
+            raise UserError(f"model.fast_inference_gpu_mem: {config.model.fast_inference_gpu_mem} of the free memory "
+                            f"holds rows of {held} tokens, and {longest} are needed; raise it")
         policy.engine = partial(engine_samples, model, eos)
         return policy
     reason = "model.decoder is generate" if config.model.decoder == "generate" else why_not_decodable(model)
@@ -695,9 +708,13 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
     return policy
 
 
-def eos_ids(model: Any, tokenizer: Any) -> list[int]:
+def eos_ids(model: Any, tokenizer: Any, name: str) -> list[int]:
     """Every token that ends an answer: those of the generation config, of the model config and of the tokenizer."""
-    named = (getattr(model.generation_config, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id)
+    saved = None
+    with suppress(Exception):  # no generation_config.json; one that vLLM's way of loading has left out
+        saved = transformers.GenerationConfig.from_pretrained(name).eos_token_id
+    loaded = getattr(model.generation_config, "eos_token_id", None)
+    named = (saved, loaded, model.config.eos_token_id, tokenizer.eos_token_id)
     ids = [i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
     if not ids:
         raise UserError("model.name: neither the model nor its tokenizer names an EOS token")

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def config_file(raw_config: dict[str, Any], tmp_path: Path) -> Path:
         ("reward.fn", "format_and_mach", ["did you mean format_and_match"]),
         ("reward.answer_extractor", "gsm8k", ["gsm8k_hash"]),
         ("run_name", "../elsewhere", ["../elsewhere"]),
-        ("model.fast_inference", True, ["vLLM"]),
+        *([] if find_spec("vllm") else [("model.fast_inference", True, ["vLLM"])]),
     ],
 )
 def test_a_fault_is_named_by_key_value_and_mend(raw_config: dict, key: str, value: Any, words: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.machinery
 import json
+import os
 import random
 import sys
 import types
@@ -84,12 +85,18 @@ class FastLanguageModel:
     """Unsloth's loader with fast_inference, on transformers + PEFT and the engine above."""
 
     loaded: dict[str, Any] = {}
-    has_engine = True
+    has_engine, room = True, 4096
 
     @classmethod
     def from_pretrained(cls, name: str, **how: Any) -> tuple[Any, None]:
         cls.loaded = how
-        return AutoModelForCausalLM.from_pretrained(name), None
+        os.write(sys.stdout.fileno(), b"")  # vLLM asks for the number
+        print("==((====))==  Unsloth: a banner")
+        print("Unsloth: this card is too old - will switch to another kernel!")
+        model = AutoModelForCausalLM.from_pretrained(name)
+        if how.get("fast_inference"):  # as vLLM's way of loading leaves it
+            model.generation_config.eos_token_id = model.config.eos_token_id
+        return model, None
 
     @classmethod
     def get_peft_model(cls, model: Any, use_gradient_checkpointing: Any, random_state: int, **how: Any) -> Any:
@@ -98,6 +105,7 @@ class FastLanguageModel:
         if cls.loaded.get("fast_inference") and cls.has_engine:
             fresh = get_peft_model(fresh, LoraConfig(**how, task_type="CAUSAL_LM")).eval()
             model.vllm_engine = Engine(fresh, copy_of_lora(fresh))
+            model.vllm_engine.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=cls.room))
             model.fast_generate = model.vllm_engine.generate
             model.load_lora = lambda folder, load_tensors: SimpleNamespace(tensors=copy_of_lora(model))
         return model
@@ -120,6 +128,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("vllm", "unsloth"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(FastLanguageModel, "has_engine", True)
+    monkeypatch.setattr(FastLanguageModel, "room", 4096)
     install()
     yield
     for name in ("vllm", "unsloth"):
@@ -150,6 +159,20 @@ def test_the_engine_is_asked_for_with_its_memory_and_a_rank_it_knows(
         assert (loaded["gpu_memory_utilization"], loaded["max_lora_rank"]) == (0.3, known)
     make_policy(use_unsloth=True)
     assert "fast_inference" not in FastLanguageModel.loaded
+
+
+def test_banners_are_kept_off_and_what_matters_is_said(
+    make_policy: Callable[..., Any], fakes: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_policy({"model.fast_inference": True}, use_unsloth=True)
+    assert capsys.readouterr().out == "Unsloth: this card is too old - will switch to another kernel!\n"
+
+
+def test_every_end_of_an_answer_is_known_to_both(make_policy: Callable[..., Any], fakes: None) -> None:
+    plain, _ = make_policy()
+    policy, _ = make_policy({"model.fast_inference": True}, use_unsloth=True)
+    assert set(policy.eos_token_ids) == set(plain.eos_token_ids)
+    assert len(policy.eos_token_ids) > 1
 
 
 def test_what_the_engine_samples_is_the_policy_that_is_trained(fast: Any) -> None:
@@ -208,8 +231,13 @@ def test_faults_are_told_before_anything_is_trained(make_policy: Callable[..., A
         make_policy({"model.fast_inference": True})
     with pytest.raises(train.UserError, match=r"^model.decoder: graph leaves nothing to model.fast_inference"):
         make_policy({"model.fast_inference": True, "model.decoder": "graph"}, use_unsloth=True)
-    with pytest.raises(train.UserError, match=r"^train.generation_temperature: 2.5 is more than vLLM's 2; lower it"):
-        make_policy({"model.fast_inference": True, "train.generation_temperature": 2.5}, use_unsloth=True)
+    for section, heat in (("train", 2.5), ("eval", 2.5), ("train", 0.001)):
+        key = f"{section}.generation_temperature"
+        with pytest.raises(train.UserError, match=rf"^{key}: vLLM takes 0.01 to 2 and 0 \(greedy\), and it is {heat}$"):
+            make_policy({"model.fast_inference": True, key: heat}, use_unsloth=True)
+    FastLanguageModel.room = 40
+    with pytest.raises(train.UserError, match=r"^model.fast_inference_gpu_mem: 0.5 of the free memory holds rows of"):
+        make_policy({"model.fast_inference": True}, use_unsloth=True)
     FastLanguageModel.has_engine = False
     with pytest.raises(train.UserError, match=r"^model.fast_inference: Unsloth has no vLLM engine for .*; set it to"):
         make_policy({"model.fast_inference": True}, use_unsloth=True)
