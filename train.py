@@ -1812,7 +1812,8 @@ def k3(log_probs: torch.Tensor, reference_log_probs: torch.Tensor) -> torch.Tens
     exponential goes on as its tangent: one such token would otherwise drown, or overflow, the whole step."""
     d = reference_log_probs - log_probs
     capped = d.clamp(max=K3_LINEAR_FROM)
-    return capped.exp() * (1 + (d - capped)) - d - 1
+    # expm1: near 0, exp(d) - 1 would keep less of float32 than the estimate has; what rounding leaves below 0 is 0
+    return (capped.expm1() * (1 + (d - capped)) - capped).clamp(min=0)
 
 
 def stage_terms(stage: int, r1: torch.Tensor, r2: torch.Tensor, train: TrainConfig) -> list[tuple[torch.Tensor, float]]:

@@ -205,6 +205,19 @@ def test_k3_is_never_negative_and_zero_for_equal_policies(log_prob: float, refer
     assert math.isfinite(train.k3(a.float(), b.float()).item())
 
 
+@pytest.mark.parametrize("d", [1e-4, -1e-4, 3e-6, 2e-3, -0.5, 9.9, 10.1, 50.0])
+def test_k3_is_exact_in_float32_too(d: float) -> None:
+    """Early in training the policies differ by little: exp(d) - d - 1 taken literally is noise there."""
+    log_probs = torch.tensor([-2.0 if abs(d) > 0.1 else 0.0], requires_grad=True)
+    estimate = train.k3(log_probs, log_probs.detach() + d)
+    estimate.sum().backward()
+    shift = (log_probs.detach() + d - log_probs.detach()).double().item()
+    steep = math.exp(min(shift, 10))
+    exact = math.expm1(shift) - shift if shift < 10 else steep * (1 + shift - 10) - shift - 1
+    assert estimate.item() == pytest.approx(exact, rel=1e-3, abs=1e-13)
+    assert log_probs.grad.item() == pytest.approx(1 - steep, rel=1e-3, abs=1e-9)
+
+
 def test_k3_is_schulmans_formula() -> None:
     log_probs, reference = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-2.0, -1.0, -3.0])
     d = reference - log_probs
