@@ -609,57 +609,11 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
     use_unsloth = DEVICE.type != "cpu" if use_unsloth is None else use_unsloth
     if config.model.fast_inference and (not use_unsloth or PROCESSES.num_processes > 1):
         raise UserError("model.fast_inference: vLLM serves one process with a GPU; set it to false")
-    name, lora, seed = config.model.name, config.model.lora, config.train.seed
-    dtype = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
-    torch.manual_seed(seed)  # LoRA's A matrices
-    shared = dict(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias="none",
-                  target_modules=lora.target_modules)
+    name, dtype = config.model.name, torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
+    torch.manual_seed(config.train.seed)  # LoRA's A matrices
     try:
-        if use_unsloth:
-            from unsloth import FastLanguageModel
-
-            checkpointing = config.model.gradient_checkpointing
-            engine = dict(fast_inference=True, gpu_memory_utilization=config.model.fast_inference_gpu_mem,
-                          max_lora_rank=max(8, 1 << (lora.r - 1).bit_length()))  # vLLM knows powers of two
-            heard = BANNERS.tell()
-            with redirect_stdout(BANNERS):
-                model, _ = FastLanguageModel.from_pretrained(
-                    name, max_seq_length=config.model.max_seq_length, dtype=dtype, use_exact_model_name=True,
-                    load_in_4bit=config.model.load_in_4bit, trust_remote_code=config.model.trust_remote_code,
-                    **({"device_map": {"": PROCESSES.local_process_index}} if PROCESSES.num_processes > 1 else {}),
-                    **(engine if config.model.fast_inference else {}),
-                )
-                model = FastLanguageModel.get_peft_model(
-                    model, **shared, use_gradient_checkpointing=checkpointing, random_state=seed
-                )
-            BANNERS.seek(heard)
-            for line in BANNERS:  # among them one that matters now and then
-                if re.search("disabling|cannot|will switch|defaulting", line, re.IGNORECASE):
-                    say(line.strip())
-            for_generation = partial(FastLanguageModel.for_inference, model)
-            for_training = partial(FastLanguageModel.for_training, model, use_gradient_checkpointing=checkpointing)
-        else:
-            quantization = transformers.BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-            )
-            if config.model.load_in_4bit and DEVICE.type == "cpu":
-                raise UserError("model.load_in_4bit: needs a GPU; set it to false on a CPU")
-            model, found = transformers.AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, trust_remote_code=config.model.trust_remote_code,
-                quantization_config=quantization if config.model.load_in_4bit else None,
-                device_map={"": DEVICE} if DEVICE.type != "cpu" else None,
-                output_loading_info=True, ignore_mismatched_sizes=True,  # what is not loaded would be left random
-            )
-            if odd := sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]):
-                raise ValueError(f"its weights do not fit its config.json: {odd[0]} lacks or has another shape")
-            modules = [f".{module}" for module, _ in model.named_modules()]
-            if absent := [m for m in lora.target_modules if not any(module.endswith(f".{m}") for module in modules)]:
-                raise UserError(f"model.lora.target_modules: {name} has no {absent[0]}; leave it out or correct it")
-            if config.model.gradient_checkpointing:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
-                model.enable_input_require_grads()
-            model = get_peft_model(model, PeftLoraConfig(**shared, task_type="CAUSAL_LM"))
-            for_generation, for_training = model.eval, model.train
+        load = load_with_unsloth if use_unsloth else load_with_transformers
+        model, for_generation, for_training = load(config, dtype)
     except torch.OutOfMemoryError:
         raise UserError(f"model.name: {name} does not fit in GPU memory; set model.load_in_4bit: true") from None
     except Exception as error:  # an odd config.json raises what it likes
@@ -685,6 +639,75 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
     policy = Policy(model, tokenizer, eos, pad, think_prefix, bridge, for_generation, for_training,
                     micro_tokens=config.train.micro_batch_size * longest)
     check_log_prob_route(policy)
+    choose_sampler(policy, config, longest)
+    return policy
+
+
+def lora_settings(config: Config) -> dict[str, Any]:
+    lora = config.model.lora
+    return dict(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias="none",
+                target_modules=lora.target_modules)
+
+
+def load_with_unsloth(config: Config, dtype: torch.dtype) -> tuple[Any, Callable, Callable]:
+    """The PEFT model, and the switches to generation and back to training; with vLLM inside if asked for."""
+    from unsloth import FastLanguageModel
+
+    wanted, checkpointing, more = config.model, config.model.gradient_checkpointing, {}
+    if PROCESSES.num_processes > 1:
+        more["device_map"] = {"": PROCESSES.local_process_index}
+    if wanted.fast_inference:  # vLLM knows ranks that are powers of two
+        more |= dict(fast_inference=True, gpu_memory_utilization=wanted.fast_inference_gpu_mem,
+                     max_lora_rank=max(8, 1 << (wanted.lora.r - 1).bit_length()))
+    heard = BANNERS.tell()
+    with redirect_stdout(BANNERS):
+        model, _ = FastLanguageModel.from_pretrained(
+            wanted.name, max_seq_length=wanted.max_seq_length, dtype=dtype, use_exact_model_name=True,
+            load_in_4bit=wanted.load_in_4bit, trust_remote_code=wanted.trust_remote_code, **more,
+        )
+        model = FastLanguageModel.get_peft_model(
+            model, **lora_settings(config), use_gradient_checkpointing=checkpointing, random_state=config.train.seed
+        )
+    BANNERS.seek(heard)
+    for line in BANNERS:  # among them one that matters now and then
+        if re.search("disabling|cannot|will switch|defaulting", line, re.IGNORECASE):
+            say(line.strip())
+    return (model, partial(FastLanguageModel.for_inference, model),
+            partial(FastLanguageModel.for_training, model, use_gradient_checkpointing=checkpointing))
+
+
+def load_with_transformers(config: Config, dtype: torch.dtype) -> tuple[Any, Callable, Callable]:
+    """The same without Unsloth. Raises UserError for what it would load wrongly."""
+    wanted, quantization = config.model, None
+    if wanted.load_in_4bit:
+        if DEVICE.type == "cpu":
+            raise UserError("model.load_in_4bit: needs a GPU; set it to false on a CPU")
+        quantization = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        wanted.name, dtype=dtype, trust_remote_code=wanted.trust_remote_code, quantization_config=quantization,
+        device_map={"": DEVICE} if DEVICE.type != "cpu" else None,
+        output_loading_info=True, ignore_mismatched_sizes=True,  # what is not loaded would be left random
+    )
+    if odd := sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]):
+        raise ValueError(f"its weights do not fit its config.json: {odd[0]} lacks or has another shape")
+    modules = [f".{module}" for module, _ in model.named_modules()]
+    for target in wanted.lora.target_modules:
+        if not any(module.endswith(f".{target}") for module in modules):
+            raise UserError(f"model.lora.target_modules: {wanted.name} has no {target}; leave it out or correct it")
+    if wanted.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    model = get_peft_model(model, PeftLoraConfig(**lora_settings(config), task_type="CAUSAL_LM"))
+    return model, model.eval, model.train
+
+
+def choose_sampler(policy: Policy, config: Config, longest: int) -> None:
+    """vLLM if asked for, else the built-in decoder where it serves, else model.generate. `longest` is a row's tokens.
+
+    Raises UserError where the config asks for what cannot be."""
+    model, name = policy.model, config.model.name
     if config.model.fast_inference:
         if not hasattr(model, "vllm_engine"):
             raise UserError(f"model.fast_inference: Unsloth has no vLLM engine for {name}; set it to false")
@@ -693,19 +716,18 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
         if held < longest:
             raise UserError(f"model.fast_inference_gpu_mem: {config.model.fast_inference_gpu_mem} of the free memory "
                             f"holds rows of {held} tokens, and {longest} are needed; raise it")
-        policy.engine = partial(engine_samples, model, eos)
-        return policy
+        policy.engine = partial(engine_samples, model, policy.eos_token_ids)
+        return
     reason = "model.decoder is generate" if config.model.decoder == "generate" else why_not_decodable(model)
-    if reason and config.model.decoder == "graph":
+    if not reason:
+        policy.decoder = Decoder(model, policy.eos_token_ids, policy.pad_token_id)
+        return
+    if config.model.decoder == "graph":
         raise UserError(f"model.decoder: graph cannot serve {name}: {reason}; use auto or generate")
-    if reason and config.train.importance_clip:
+    if config.train.importance_clip:
         raise UserError(f"train.importance_clip: needs the sampler's log-probs, which model.generate does not give "
                         f"({reason}); set it to null")
-    if reason:
-        say(f"Rollouts use model.generate: {reason}.")
-    else:
-        policy.decoder = Decoder(model, eos, pad)
-    return policy
+    say(f"Rollouts use model.generate: {reason}.")
 
 
 def eos_ids(model: Any, tokenizer: Any, name: str) -> list[int]:
