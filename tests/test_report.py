@@ -22,6 +22,7 @@ from typing import Any
 import huggingface_hub
 import matplotlib.image
 import numpy as np
+import plain_peft
 import pytest
 import torch
 import transformers
@@ -330,6 +331,14 @@ def test_the_readmes_snippet_gives_the_runs_own_attempts(finished: SimpleNamespa
         assert plain[0] == row["text_attempt1"]
         assert row["text_attempt2"].startswith(plain[1])
         assert plain[1]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_plain_peft_repeats_the_whole_evaluation(finished: SimpleNamespace, as_text: bool) -> None:
+    """In float32, batched; the tiny tokenizer reads its own text back as the same tokens."""
+    for counts in plain_peft.compare(finished.folder, "stage2", 6, as_text, "float32", size=4):
+        assert counts["rows"] == counts["identical"] == counts["same answer"] == 6
+        assert counts["right here"] == counts["right in the run"]
 
 
 def test_hub_ids_stand_in_the_metadata(make_config: Callable[..., Any], tmp_path: Path) -> None:
