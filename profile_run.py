@@ -275,7 +275,9 @@ def main() -> int:
             print(f"built-in decoder: does not run here: {reason}")
         else:
             policy.engine, policy.decoder = None, train.Decoder(policy.model, policy.eos_token_ids, policy.pad_token_id)
-            time_decoding(train, policy, pool, args.decode or [len(examples)], args.tokens, "built-in decoder")
+            if args.decode:
+                time_decoding(train, policy, pool, args.decode, args.tokens, "built-in decoder")
+            time_rollout(train, policy, examples, config, "built-in decoder")
     elif args.compare:
         if policy.decoder:
             policy.decoder.release()

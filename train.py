@@ -712,6 +712,7 @@ def choose_sampler(policy: Policy, config: Config, longest: int) -> None:
         if not hasattr(model, "vllm_engine"):
             raise UserError(f"model.fast_inference: Unsloth has no vLLM engine for {name}; set it to false")
         settings = getattr(getattr(model.vllm_engine, "llm_engine", None), "model_config", None)
+        longest = config.model.max_seq_length if config.eval.attempts > 2 else longest
         held = getattr(settings, "max_model_len", longest)  # Unsloth lowers it where the K/V cache is small
         if held < longest:
             raise UserError(f"model.fast_inference_gpu_mem: {config.model.fast_inference_gpu_mem} of the free memory "

@@ -1,6 +1,7 @@
 """An ablation of the paper, "no multi-turn training": only attempt 1 is trained, attempt 2 is sampled and watched.
 
-    python tests/single_attempt.py --config configs/gsm8k.yaml --set run_name=single train.stage1_epochs=0
+    python tests/single_attempt.py --config configs/gsm8k.yaml --set run_name=single train.stage1_epochs=0 \\
+        train.stage2_epochs=0.162
 """
 
 from __future__ import annotations
