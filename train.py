@@ -52,9 +52,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial, wraps
 from pathlib import Path
@@ -486,6 +487,7 @@ if __name__ == "__main__":  # a fault in the config costs a second, not the minu
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it informs, on stdout, of every kernel
 os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import warns of a coming change there
 
@@ -657,10 +659,12 @@ def load_with_unsloth(config: Config, dtype: torch.dtype) -> tuple[Any, Callable
     if PROCESSES.num_processes > 1:
         more["device_map"] = {"": PROCESSES.local_process_index}
     if wanted.fast_inference:  # vLLM knows ranks that are powers of two
+        import vllm  # noqa: F401  here, so that its errors later go to the real stderr
+
         more |= dict(fast_inference=True, gpu_memory_utilization=wanted.fast_inference_gpu_mem,
                      max_lora_rank=max(8, 1 << (wanted.lora.r - 1).bit_length()))
     heard = BANNERS.tell()
-    with redirect_stdout(BANNERS):
+    with redirect_stdout(BANNERS), redirect_stderr(BANNERS) if wanted.fast_inference else nullcontext():
         model, _ = FastLanguageModel.from_pretrained(
             wanted.name, max_seq_length=wanted.max_seq_length, dtype=dtype, use_exact_model_name=True,
             load_in_4bit=wanted.load_in_4bit, trust_remote_code=wanted.trust_remote_code, **more,
@@ -2114,6 +2118,37 @@ def note_signal(number: int, _frame: Any) -> None:
         os._exit(130)
 
 
+@contextmanager
+def watching_peers() -> Iterator[None]:
+    """Ends this process when another one on this machine is gone: NCCL would wait for it, until the launcher kills."""
+    if PROCESSES.num_processes == 1:
+        yield
+        return
+    import psutil  # accelerate's own
+
+    everyone = gather_object([(socket.gethostname(), os.getpid())])
+    peers = [pid for host, pid in everyone if host == socket.gethostname() and pid != os.getpid()]
+    left = threading.Event()
+
+    def gone(pid: int) -> bool:
+        try:
+            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    def watch() -> None:
+        while not left.wait(1):
+            if any(map(gone, peers)) and not left.wait(3):  # an error of its own, or the collective's, may come first
+                os.write(2, f"Process {PROCESSES.process_index} stops, as another has\n".encode())
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        left.set()
+
+
 def asked_to_stop() -> bool:
     """Has any process had a signal? All of them ask together."""
     return any(gather_object([bool(SIGNALS_SEEN)]))
@@ -2714,7 +2749,7 @@ def step_event(stage: int, step: int, global_step: int, attempts: list[Attempt],
     return event | update
 
 
-def train_and_evaluate(args: argparse.Namespace, config: Config) -> None:
+def train_and_evaluate(args: argparse.Namespace, config: Config) -> tuple[Run, Policy]:
     """The whole run: evaluate, Stage I, evaluate, Stage II, evaluate."""
     run, checkpoint = open_run(args, config)
     PROCESSES.wait_for_everyone()  # until all have read the folder
@@ -2762,6 +2797,11 @@ def train_and_evaluate(args: argparse.Namespace, config: Config) -> None:
                 train_stage(policy, train, stage, config, run, checkpoint if stage == start_stage else None, before)
             if stage >= start_stage and steps[stage]:
                 record(f"stage{stage}", before + steps[stage])
+    return run, policy
+
+
+def hand_over(args: argparse.Namespace, config: Config, run: Run, policy: Policy) -> None:
+    """When all is trained, one process goes on alone: the table, the merged model, the upload."""
     say("\n" + results_table(run.evals()), always=True)
     if run.wandb:
         with at_the_loggers_risk(run):
@@ -2784,7 +2824,9 @@ def main(args: argparse.Namespace, config: Config) -> int:
     signal.signal(signal.SIGINT, note_signal)
     signal.signal(signal.SIGTERM, note_signal)
     try:
-        train_and_evaluate(args, config)
+        with watching_peers():
+            run, policy = train_and_evaluate(args, config)
+        hand_over(args, config, run, policy)
     except UserError as error:
         print("" if MAIN else f"Process {PROCESSES.process_index}: ", error, sep="", file=sys.stderr)
         return 2

@@ -198,6 +198,38 @@ def test_a_killed_process_ends_the_others(tiny_run: Callable[..., list[str]], tm
     assert train.newest_checkpoint(tmp_path / "run") == tmp_path / "run" / "stage1" / "step_2"
 
 
+def test_nobody_waits_for_the_dead(tiny_run: Callable[..., list[str]], tmp_path: Path) -> None:
+    """With gloo the next exchange fails at once; with NCCL it goes on waiting, as process 0 does here."""
+
+    def then(rank: int) -> None:
+        signal_in_step(1, 3, 1, signal.SIGKILL)(rank)
+        if rank == 0:
+            exchange, seen = train.sum_over_processes, []
+
+            def wait_long(*args: Any) -> Any:
+                seen.append(1)
+                return exchange(*args) if len(seen) < 3 else time.sleep(120)
+
+            train.sum_over_processes = wait_long
+
+    start = time.monotonic()
+    codes = fork_group(2, tiny_run(tmp_path), tmp_path / "logs", then)
+    assert codes == [1, -signal.SIGKILL], everything_said(tmp_path / "logs")
+    assert time.monotonic() - start < 60
+    assert output(tmp_path / "logs" / "0") == "Process 0 stops, as another has\n"
+
+
+def test_the_last_one_may_take_its_time(tiny_run: Callable[..., list[str]], tmp_path: Path) -> None:
+    """When all is trained the others go; one stays to merge and to upload."""
+
+    def slow(rank: int) -> None:
+        train.save_merged = train.on_main(lambda *args: (time.sleep(8), (tmp_path / "merged").touch()))
+
+    codes = fork_group(2, tiny_run(tmp_path, "--set", "output.merge=true"), tmp_path / "logs", slow)
+    assert codes == [0, 0], everything_said(tmp_path / "logs")
+    assert (tmp_path / "merged").exists()
+
+
 def test_a_process_that_cannot_start_costs_no_earlier_run(
     tiny_run: Callable[..., list[str]], pair: SimpleNamespace, tmp_path: Path
 ) -> None:
