@@ -514,6 +514,7 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 try:
@@ -1684,12 +1685,9 @@ def sample(
         generate = policy.engine or policy.decoder.generate
         return generate(prompts, max_new_tokens, temperature, seed_number)
     torch.manual_seed(seed_number)
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), policy.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=policy.pad_token_id, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     sampled = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
     with generating(policy):
         output = policy.model.generate(
@@ -1697,7 +1695,7 @@ def sample(
             eos_token_id=policy.eos_token_ids or -1, pad_token_id=policy.pad_token_id,
             **(sampled if temperature > 0 else dict(do_sample=False)),
         )
-    return [until_eos(row, policy.eos_token_ids) for row in output[:, width:].tolist()], None
+    return [until_eos(row, policy.eos_token_ids) for row in output[:, ids.shape[1] :].tolist()], None
 
 
 def engine_samples(
@@ -1797,9 +1795,7 @@ def completion_log_probs(
     ahead, so no pad is seen and no mask is needed (Unsloth drops masks in training mode: a left-padded row would be
     silently wrong)."""
     rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    ids = torch.full((len(rows), max(map(len, rows))), policy.pad_token_id)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = torch.tensor(row)
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=policy.pad_token_id)
     model = policy.model.get_base_model()
     with autocast(policy):
         backbone = getattr(model, model.base_model_prefix)
@@ -1985,10 +1981,7 @@ def evaluate(policy: Policy, examples: list[Example], config: Config, checkpoint
     attempts = [joined(parts) for parts in zip(*batches, strict=True)]
     first, second, n = attempts[0], attempts[1], len(examples)
     pairs = list(zip(first.correct, second.correct, strict=True))
-    event = {"event": "eval", "checkpoint": checkpoint, "n": n}
-    for number, attempt in enumerate(attempts, 1):
-        event |= attempt_means(attempt, number)
-    event |= {
+    event = {"event": "eval", "checkpoint": checkpoint, "n": n} | attempt_means(attempts) | {
         "delta": (sum(second.correct) - sum(first.correct)) / n,
         "delta_i_to_c": sum(b and not a for a, b in pairs) / n, "delta_c_to_i": sum(a and not b for a, b in pairs) / n,
         "edit_distance_ratio": sum(map(edit_distance_ratio, first.completions, second.completions)) / n,
@@ -1999,11 +1992,11 @@ def evaluate(policy: Policy, examples: list[Example], config: Config, checkpoint
     return event, sample_rows(examples, attempts, {"event": "eval", "checkpoint": checkpoint})
 
 
-def attempt_means(attempt: Attempt, number: int) -> dict[str, float]:
-    """Mean reward, accuracy, length and truncation of one attempt over its rows."""
-    sums = {"reward": sum(attempt.rewards), "acc": sum(attempt.correct), "truncated": sum(attempt.truncated),
-            "completion_tokens": sum(map(len, attempt.completions))}
-    return {f"{name}_attempt{number}": value / len(attempt.completions) for name, value in sums.items()}
+def attempt_means(attempts: list[Attempt]) -> dict[str, float]:
+    """Mean reward, accuracy, truncation and length of each attempt over its rows."""
+    return {f"{name}_attempt{number}": sum(values) / len(values) for number, a in enumerate(attempts, 1)
+            for name, values in (("reward", a.rewards), ("acc", a.correct), ("truncated", a.truncated),
+                                 ("completion_tokens", [*map(len, a.completions)]))}
 
 
 def intervals(correct: np.ndarray) -> dict[str, list[float]]:
@@ -2680,11 +2673,9 @@ def train_stage(policy: Policy, examples: list[Example], stage: int, config: Con
     train, seed = config.train, f"{config.train.seed}/stage{stage}"
     batches = stage_batches(stage, len(examples), config)
     optimizer = torch.optim.AdamW(policy.trainable.values(), lr=train.learning_rate, weight_decay=0.0)
-    done = 0
-    if checkpoint:
-        done = checkpoint_place(checkpoint)[1]
-        if done:
-            load_optimizer(policy, optimizer, checkpoint / "optimizer.safetensors")
+    done = checkpoint_place(checkpoint)[1] if checkpoint else 0
+    if done:
+        load_optimizer(policy, optimizer, checkpoint / "optimizer.safetensors")
     skipped_in_a_row, folder = 0, run.folder / f"stage{stage}"
     state = {"stage": stage, "wandb_id": run.wandb.id if run.wandb else None, "train_rows": fingerprint(examples)}
     bar = progress(range(done + 1, len(batches) + 1), f"Stage {'I' * stage}", initial=done, total=len(batches))
@@ -2697,10 +2688,13 @@ def train_stage(policy: Policy, examples: list[Example], stage: int, config: Con
         attempts = roll_out(policy, rows, config, train.generation_temperature, f"{seed}/{step}")
         rolled_out = time.perf_counter()
         update = improve(policy, optimizer, attempts, stage, config)
-        event = step_event(stage, step, steps_before + step, attempts, update)
-        event |= {"seconds_rollout": rolled_out - start, "seconds_update": time.perf_counter() - rolled_out,
-                  "peak_memory_gb": torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None}
         where = {"event": "train", "stage": stage, "step": step}
+        event = where | {"global_step": steps_before + step} | attempt_means(attempts)
+        event["reward_gap"] = event["reward_attempt2"] - event["reward_attempt1"]
+        tokens = sum(len(completion) for attempt in attempts for completion in attempt.completions)
+        event["tokens_per_second"] = tokens / sum(attempt.seconds for attempt in attempts)
+        event |= update | {"seconds_rollout": rolled_out - start, "seconds_update": time.perf_counter() - rolled_out,
+                  "peak_memory_gb": torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None}
         run.log(event, sample_rows(rows, attempts, where, most=None if update["skipped"] else 4))
         now = ("reward {reward_attempt1:.3f} / {reward_attempt2:.3f}, acc {acc_attempt1:.2f} / {acc_attempt2:.2f}, "
                "kl {kl_attempt1:.3f} / {kl_attempt2:.3f}, {tokens_per_second:.0f} tok/s").format(**event)
@@ -2736,17 +2730,6 @@ def stage_batches(stage: int, examples: int, config: Config, runs: bool = True) 
         raise UserError(f"train.stage{stage}_epochs: {epochs} of {examples} examples is less than one step of {size}; "
                         "raise it, or set 0 to skip the stage")
     return batches
-
-
-def step_event(stage: int, step: int, global_step: int, attempts: list[Attempt], update: dict) -> dict[str, Any]:
-    """A train line of metrics.jsonl, timing left to the caller. Means are over the step's rollouts."""
-    event: dict[str, Any] = {"event": "train", "stage": stage, "step": step, "global_step": global_step}
-    for number, attempt in enumerate(attempts, 1):
-        event |= attempt_means(attempt, number)
-    tokens = sum(len(c) for attempt in attempts for c in attempt.completions)
-    event["reward_gap"] = event["reward_attempt2"] - event["reward_attempt1"]
-    event["tokens_per_second"] = tokens / sum(attempt.seconds for attempt in attempts)
-    return event | update
 
 
 def train_and_evaluate(args: argparse.Namespace, config: Config) -> tuple[Run, Policy]:
@@ -2828,34 +2811,30 @@ def main(args: argparse.Namespace, config: Config) -> int:
             run, policy = train_and_evaluate(args, config)
         hand_over(args, config, run, policy)
     except UserError as error:
-        print("" if MAIN else f"Process {PROCESSES.process_index}: ", error, sep="", file=sys.stderr)
-        return 2
+        code, line = 2, error if MAIN else f"Process {PROCESSES.process_index}: {error}"
     except RewardError as error:
         key = "answer_extractor" if str(error).startswith("answer extractor") else "fn"
-        print(f"reward.{key}: {error}", file=sys.stderr)
-        return 2
+        code, line = 2, f"reward.{key}: {error}"
     except Interrupted:
         again = shlex.join(part for part in sys.argv if part not in ("--resume", "--overwrite"))
-        if MAIN:
-            print(f"Interrupted. Continue with: python {again}{' --resume' * (not args.eval_only)}", file=sys.stderr)
-        return 130
+        code, line = 130, f"Interrupted. Continue with: python {again}{' --resume' * (not args.eval_only)}"
     except RunError as error:
-        print(error, file=sys.stderr)
-        return 1
+        code, line = 1, error
     except torch.OutOfMemoryError:
-        print("Out of GPU memory in a rollout; lower train.stage1_batch_size, train.stage2_batch_size or "
-              "train.num_generations (in an evaluation: eval.batch_size, eval.samples)", file=sys.stderr)
-        return 1
+        code, line = 1, ("Out of GPU memory in a rollout; lower train.stage1_batch_size, train.stage2_batch_size or "
+                         "train.num_generations (in an evaluation: eval.batch_size, eval.samples)")
     except OSError as error:
-        print(f"{error.filename or config.output.dir}: {error.strerror or error}", file=sys.stderr)
-        return 1
+        code, line = 1, f"{error.filename or config.output.dir}: {error.strerror or error}"
     except RuntimeError as error:
         if PROCESSES.num_processes == 1:
             raise
-        print(f"Process {PROCESSES.process_index} stops, as another has: {first_line(error)}", file=sys.stderr)
-        return 1
-    PROCESSES.destroy_process_group()
-    return 0
+        code, line = 1, f"Process {PROCESSES.process_index} stops, as another has: {first_line(error)}"
+    else:
+        PROCESSES.destroy_process_group()
+        return 0
+    if MAIN or code != 130:
+        print(line, file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
