@@ -487,7 +487,7 @@ if __name__ == "__main__":  # a fault in the config costs a second, not the minu
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it informs, on stdout, of every kernel
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # else it tells of every kernel
 os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import warns of a coming change there
 
@@ -514,7 +514,6 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 try:
@@ -660,11 +659,10 @@ def load_with_unsloth(config: Config, dtype: torch.dtype) -> tuple[Any, Callable
     if PROCESSES.num_processes > 1:
         more["device_map"] = {"": PROCESSES.local_process_index}
     if wanted.fast_inference:  # vLLM knows ranks that are powers of two
-        import vllm  # noqa: F401  here, so that its errors later go to the real stderr
-
         more |= dict(fast_inference=True, gpu_memory_utilization=wanted.fast_inference_gpu_mem,
                      max_lora_rank=max(8, 1 << (wanted.lora.r - 1).bit_length()))
     heard = BANNERS.tell()
+    # vLLM draws progress bars; its log has had the real stderr since Unsloth imported it.
     with redirect_stdout(BANNERS), redirect_stderr(BANNERS) if wanted.fast_inference else nullcontext():
         model, _ = FastLanguageModel.from_pretrained(
             wanted.name, max_seq_length=wanted.max_seq_length, dtype=dtype, use_exact_model_name=True,
@@ -1685,9 +1683,12 @@ def sample(
         generate = policy.engine or policy.decoder.generate
         return generate(prompts, max_new_tokens, temperature, seed_number)
     torch.manual_seed(seed_number)
-    rows = [torch.tensor(prompt) for prompt in prompts]
-    ids = pad_sequence(rows, batch_first=True, padding_value=policy.pad_token_id, padding_side="left")
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), policy.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
     sampled = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
     with generating(policy):
         output = policy.model.generate(
@@ -1695,7 +1696,7 @@ def sample(
             eos_token_id=policy.eos_token_ids or -1, pad_token_id=policy.pad_token_id,
             **(sampled if temperature > 0 else dict(do_sample=False)),
         )
-    return [until_eos(row, policy.eos_token_ids) for row in output[:, ids.shape[1] :].tolist()], None
+    return [until_eos(row, policy.eos_token_ids) for row in output[:, width:].tolist()], None
 
 
 def engine_samples(
@@ -1795,7 +1796,9 @@ def completion_log_probs(
     ahead, so no pad is seen and no mask is needed (Unsloth drops masks in training mode: a left-padded row would be
     silently wrong)."""
     rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=policy.pad_token_id)
+    ids = torch.full((len(rows), max(map(len, rows))), policy.pad_token_id)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row)
     model = policy.model.get_base_model()
     with autocast(policy):
         backbone = getattr(model, model.base_model_prefix)
