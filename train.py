@@ -16,8 +16,9 @@ progress. Each attempt is credited with its own reward only.
 
 How it differs from a plain implementation, and why:
 - The reference is the same LoRA model with its adapter switched off: no second copy of the weights.
-- The loss is a sum over attempts and samples, so each micro-batch goes forward and backward alone: memory depends on
-  the micro-batch, not on the batch, and no two graphs are alive at once.
+- Both attempts of a conversation are read from one forward pass: attempt 2's row begins with attempt 1's.
+- The loss is a sum over conversations, so each micro-batch goes forward and backward alone: memory depends on the
+  micro-batch, not on the batch, and no two graphs are alive at once.
 - Token log-probs are computed from hidden states in chunks: no [B, T, V] tensor exists.
 - All randomness of a step comes from (seed, stage, step), so a resumed run repeats an uninterrupted one exactly.
 
@@ -494,6 +495,7 @@ logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's im
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 # Unsloth runs on these accelerators, and wants to be imported before transformers and peft. Elsewhere the same code
 # runs on transformers + PEFT: load_policy decides, nothing after it asks.
@@ -1787,27 +1789,30 @@ class LinearLogProb(torch.autograd.Function):
 
 
 def completion_log_probs(
-    policy: Policy, prompts: list[list[int]], completions: list[list[int]], temperature: float
+    policy: Policy, prompts: list[list[int]], completions: list[list[int]], temperature: float,
+    conversations: list[list[int]] | None = None,
 ) -> torch.Tensor:
     """log pi(token | all before it) of every completion token under softmax(logits / temperature).
 
-    Returns float32 [N], the rows' tokens one after the other, N = sum of completion lengths; the first token after the
-    prompt and a final EOS are among them, the prompt is not. Rows go in right-padded: causal attention never looks
-    ahead, so no pad is seen and no mask is needed (Unsloth drops masks in training mode: a left-padded row would be
-    silently wrong)."""
-    rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    ids = torch.full((len(rows), max(map(len, rows))), policy.pad_token_id)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = torch.tensor(row)
+    Returns float32 [N], the completions' tokens one after the other, N = sum of their lengths; the first token after
+    the prompt and a final EOS are among them, the prompt is not. Each completion is a row of its own behind its prompt;
+    or, with B `conversations`, it is read from row (number mod B), which begins with its prompt, so that all attempts
+    of a conversation share one forward pass. Targets are the sampled tokens, whatever the row goes on with: what ended
+    attempt 1 need not be what stands there in attempt 2's prompt.
+
+    Rows go in right-padded: causal attention never looks ahead, so no pad is seen and no mask is needed (Unsloth drops
+    masks in training mode: a left-padded row would be silently wrong)."""
+    rows = conversations or [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=policy.pad_token_id)
     model = policy.model.get_base_model()
     with autocast(policy):
         backbone = getattr(model, model.base_model_prefix)
         hidden = backbone(input_ids=ids.to(DEVICE), use_cache=False)[0]  # [B, L, H]
-    index = [number * ids.shape[1] + position for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
-             for position in range(len(prompt) - 1, len(row) - 1)]
+    before = [number % len(rows) * ids.shape[1] + len(prompt) - 1 for number, prompt in enumerate(prompts)]
+    index = torch.cat([torch.arange(at, at + len(c)) for at, c in zip(before, completions, strict=True)])
     targets = torch.tensor([token for completion in completions for token in completion], device=DEVICE)
     weight = model.get_output_embeddings().weight
-    hidden = hidden.flatten(0, 1)[torch.tensor(index, device=DEVICE)].to(weight.dtype)  # [N, H]
+    hidden = hidden.flatten(0, 1)[index.to(DEVICE)].to(weight.dtype)  # [N, H]
     return LinearLogProb.apply(hidden, weight, targets, temperature)
 
 
@@ -1876,61 +1881,73 @@ def micro_batches(attempt: Attempt, max_tokens: int) -> list[list[int]]:
     return batches
 
 
-def accumulate_gradients(policy: Policy, attempt: Attempt, returns: torch.Tensor, kappa: float, budget: int,
-                         train: TrainConfig) -> dict[str, float]:
-    """Adds one attempt's gradient of
+def accumulate_gradients(policy: Policy, attempts: list[Attempt], terms: list[tuple[torch.Tensor, float]],
+                         train: TrainConfig) -> list[dict[str, float]]:
+    """Adds the gradient of
 
-        mean over rows of  [ -A * sum_t log pi_t  +  kappa * sum_t k3_t ] / N
+        sum over attempts of  mean over rows of  [ -A * sum_t log pi_t  +  kappa * sum_t k3_t ] / N
 
-    to the parameters, a micro-batch at a time. A is the advantage, N the row's own length (`sequence`) or the token
-    budget (`constant`, Dr. GRPO). With `importance_clip` C, A is weighted a token by min(pi / sampler, C): truncated
-    importance sampling, for a sampler whose probabilities are a little off. Returns the attempt's share of the loss
-    and its token statistics."""
-    credit = advantages(returns, train).tolist()
-    rows_in_batch, stats = len(attempt.completions), dict(loss=0.0, kl_sum=0.0, kl_max=0.0, drift_sum=0.0, tokens=0)
-    for rows in micro_batches(attempt, policy.micro_tokens):
-        prompts, completions = [attempt.prompts[r] for r in rows], [attempt.completions[r] for r in rows]
+    to the parameters, a micro-batch of conversations at a time: attempt 2's row begins with attempt 1's, so one forward
+    pass of the policy, one of the reference and one backward pass serve both. `terms` holds each attempt's returns [B]
+    and kappa. A is the advantage, N the completion's own length (`sequence`) or the token budget (`constant`, Dr.
+    GRPO). With `importance_clip` C, A is weighted a token by min(pi / sampler, C): truncated importance sampling, for a
+    sampler whose probabilities are a little off. Returns each attempt's share of the loss and its token statistics."""
+    budgets, last = (train.max_new_tokens_attempt1, train.max_new_tokens_attempt2), attempts[-1]
+    credits = [advantages(returns, train).tolist() for returns, _ in terms]
+    sums = torch.zeros(len(attempts), 3, device=DEVICE)  # loss, KL, drift: read once, at the end
+    peaks, tokens = torch.zeros(len(attempts), device=DEVICE), [0] * len(attempts)
+    for rows in micro_batches(last, policy.micro_tokens):
+        prompts = [attempt.prompts[r] for attempt in attempts for r in rows]  # attempt by attempt
+        completions = [attempt.completions[r] for attempt in attempts for r in rows]
+        conversations = [last.prompts[r] + last.completions[r] for r in rows]
+        batch = (policy, prompts, completions, train.generation_temperature, conversations)
         with torch.no_grad(), reference(policy):
-            reference_log_probs = completion_log_probs(policy, prompts, completions, train.generation_temperature)
-        log_probs = completion_log_probs(policy, prompts, completions, train.generation_temperature)  # [N]
-        lengths = torch.tensor([len(c) for c in completions], device=DEVICE)
-        norm = lengths if train.length_norm == "sequence" else torch.full_like(lengths, budget)
-        per_token = lambda values: torch.repeat_interleave(values, lengths)  # [B] -> [N]  # noqa: E731, B023
-        credits = per_token(torch.tensor([credit[r] for r in rows], device=DEVICE))
-        if attempt.sampled_log_probs is not None:
-            sampled = torch.tensor([p for r in rows for p in attempt.sampled_log_probs[r]], device=DEVICE)
-            stats["drift_sum"] += (log_probs.detach() - sampled).abs().sum().item()
+            reference_log_probs = completion_log_probs(*batch)
+        log_probs = completion_log_probs(*batch)  # [N]
+        lengths = torch.tensor([len(completion) for completion in completions])
+        norms = [len(attempt.completions[r]) if train.length_norm == "sequence" else budget
+                 for attempt, budget in zip(attempts, budgets, strict=False) for r in rows]
+        weights = torch.tensor([[credit[r], kappa] for credit, (_, kappa) in zip(credits, terms, strict=True)
+                                for r in rows]) / torch.tensor(norms)[:, None] / len(last.completions)
+        credit, kappa = weights.repeat_interleave(lengths, 0).to(DEVICE).unbind(1)  # [N] each
+        drift = torch.zeros_like(log_probs)
+        if last.sampled_log_probs is not None:
+            sampled = torch.tensor([p for a in attempts for r in rows for p in a.sampled_log_probs[r]], device=DEVICE)
+            drift = log_probs.detach() - sampled
             if train.importance_clip:
-                credits = credits * (log_probs.detach() - sampled).exp().clamp(max=train.importance_clip)
+                credit = credit * drift.exp().clamp(max=train.importance_clip)
         kl = k3(log_probs, reference_log_probs)
-        loss = ((-credits * log_probs + kappa * kl) / per_token(norm)).sum() / rows_in_batch
-        loss.backward()
-        stats["loss"] += loss.item()
-        stats["kl_sum"] += kl.sum().item()
-        stats["kl_max"] = float(np.maximum(stats["kl_max"], kl.max().item()))  # unlike max, keeps a NaN
-        stats["tokens"] += len(log_probs)
-    return stats
+        loss = kappa * kl - credit * log_probs
+        loss.sum().backward()
+        counts = lengths.view(len(attempts), -1).sum(1).tolist()
+        parts = zip(*(values.detach().split(counts) for values in (loss, kl, drift)), strict=True)
+        for number, (loss, kl, drift) in enumerate(parts):
+            sums[number] += torch.stack([loss.sum(), kl.sum(), drift.abs().sum()])
+            peaks[number] = torch.maximum(peaks[number], kl.max())  # keeps a NaN
+            tokens[number] += counts[number]
+    return [dict(loss=loss, kl_sum=kl, drift_sum=drift, kl_max=peak, tokens=count)
+            for (loss, kl, drift), peak, count in zip(sums.tolist(), peaks.tolist(), tokens, strict=True)]
 
 
 def improve(policy: Policy, optimizer: torch.optim.Optimizer, attempts: list[Attempt], stage: int,
             config: Config) -> dict[str, Any]:
     """One REINFORCE step on a rolled-out batch. Returns loss, KL and gradient statistics; "skipped" is True, and the
     weights are untouched, if loss or gradient is not finite. On-policy, so there is no importance ratio but the one
-    that `importance_clip` asks for.
+    that `importance_clip` asks for. Attempts past those that `stage_terms` has terms for are not trained.
 
     An out-of-memory starts the update over with half the micro-batch: nothing of the step is lost."""
     train = config.train
-    budgets = (train.max_new_tokens_attempt1, train.max_new_tokens_attempt2)
     r1, r2 = (torch.tensor(attempt.rewards) for attempt in attempts)
     terms = stage_terms(stage, r1, r2, train)
+    attempts = attempts[: len(terms)]
     while True:
         optimizer.zero_grad(set_to_none=True)
         try:
-            stats = [accumulate_gradients(policy, attempt, returns, kappa, budget, train)
-                     for attempt, (returns, kappa), budget in zip(attempts, terms, budgets, strict=True)]
+            stats = accumulate_gradients(policy, attempts, terms, train)
             break
         except torch.OutOfMemoryError:
-            longest = max(len(p) + len(c) for a in attempts for p, c in zip(a.prompts, a.completions, strict=True))
+            last = attempts[-1]
+            longest = max(len(p) + len(c) for p, c in zip(last.prompts, last.completions, strict=True))
             if policy.micro_tokens < longest:
                 raise RunError(f"one row of {longest} tokens does not fit in this card's memory; lower "
                                    "train.max_new_tokens_attempt2, or set model.gradient_checkpointing or "
@@ -1946,11 +1963,13 @@ def improve(policy: Policy, optimizer: torch.optim.Optimizer, attempts: list[Att
     if not skipped:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    drifted = [s["drift_sum"] / s["tokens"] for s, a in zip(stats, attempts, strict=True) if a.sampled_log_probs]
+    kl = [s["kl_sum"] / s["tokens"] for s in stats]
+    drift = max(s["drift_sum"] / s["tokens"] for s in stats)
     return {
         "loss": loss, "grad_norm": norm, "skipped": skipped,
-        "kl_attempt1": stats[0]["kl_sum"] / stats[0]["tokens"], "kl_attempt2": stats[1]["kl_sum"] / stats[1]["tokens"],
-        "kl_max": max(s["kl_max"] for s in stats), "logprob_drift": max(drifted) if drifted else None,
+        "kl_attempt1": kl[0], "kl_attempt2": kl[1] if len(kl) > 1 else math.nan,
+        "kl_max": max(s["kl_max"] for s in stats),
+        "logprob_drift": drift if attempts[-1].sampled_log_probs is not None else None,
     }
 
 

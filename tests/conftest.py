@@ -190,13 +190,22 @@ def with_keys(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def random_attempt(rng: Any, rows: int, budget: int, eos: int, vocab: int = 100, longest_prompt: int = 9) -> Any:
-    """A train.Attempt of ragged random rows and random rewards; every other row ends in EOS."""
+def random_attempt(
+    rng: Any, rows: int, budget: int, eos: int | list[int], vocab: int = 100, longest_prompt: int = 9, after: Any = None
+) -> Any:
+    """A train.Attempt of ragged random rows and random rewards; every other row ends in an EOS, each of `eos` in turn.
+
+    As attempt 2 its prompts are those of `after`, what was answered there (EOS left out) and a bridge of three."""
     import train
 
-    prompts = [[rng.randrange(5, vocab) for _ in range(rng.randrange(2, longest_prompt))] for _ in range(rows)]
-    completions = [[rng.randrange(5, vocab) for _ in range(rng.randrange(1, budget))] for _ in range(rows)]
-    completions = [tokens + [eos] if row % 2 else tokens for row, tokens in enumerate(completions)]
+    ends = [eos] if isinstance(eos, int) else eos
+    draw = lambda most, least=1: [rng.randrange(5, vocab) for _ in range(rng.randrange(least, most))]  # noqa: E731
+    prompts = [draw(longest_prompt, 2) for _ in range(rows)]
+    if after:
+        answered = [c[:-1] if c[-1] in ends else c for c in after.completions]
+        prompts = [prompt + answer + [9, 8, 7] for prompt, answer in zip(after.prompts, answered, strict=True)]
+    completions = [draw(budget) for _ in range(rows)]
+    completions = [t + [ends[row // 2 % len(ends)]] if row % 2 else t for row, t in enumerate(completions)]
     rewards = [rng.choice([0.0, 0.25, 0.5, 1.0]) for _ in range(rows)]
     return train.Attempt(
         prompts=prompts,
@@ -208,6 +217,12 @@ def random_attempt(rng: Any, rows: int, budget: int, eos: int, vocab: int = 100,
         sampled_log_probs=None,
         seconds=1.0,
     )
+
+
+def random_attempts(rng: Any, rows: int, budgets: tuple[int, int], eos: int | list[int], **how: Any) -> list[Any]:
+    """[attempt 1, attempt 2] of random conversations."""
+    first = random_attempt(rng, rows, budgets[0], eos, **how)
+    return [first, random_attempt(rng, rows, budgets[1], eos, after=first, **how)]
 
 
 def perturb(policy: Any, scale: float = 0.3, seed: int = 0) -> None:

@@ -13,18 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def main() -> int:
-    """Runs train.py with another `stage_terms` and without the update on attempt 2, which has no loss."""
+    """Runs train.py with terms for attempt 1 alone."""
     import train
 
-    update = train.accumulate_gradients
-
-    def only_attempt1(policy, attempt, returns, *rest):
-        if returns is None:
-            return dict(loss=0.0, kl_sum=0.0, kl_max=0.0, drift_sum=0.0, tokens=1)
-        return update(policy, attempt, returns, *rest)
-
-    train.stage_terms = lambda stage, r1, r2, config: [(r1, config.beta1), (None, 0.0)]
-    train.accumulate_gradients = only_attempt1
+    train.stage_terms = lambda stage, r1, r2, config: [(r1, config.beta1)]
     return train.main(*train.parse_command_line())
 
 

@@ -285,7 +285,7 @@ def with_sampler(policy: Any, heat: float, rows: int = 6) -> tuple[Any, torch.Te
 
 def gradients(policy: Any, attempt: Any, returns: torch.Tensor, config: Any) -> dict[str, torch.Tensor]:
     policy.model.zero_grad(set_to_none=True)
-    train.accumulate_gradients(policy, attempt, returns, 0.0, 9, config.train)
+    train.accumulate_gradients(policy, [attempt], [(returns, 0.0)], config.train)
     return {name: weight.grad.clone() for name, weight in policy.trainable.items()}
 
 

@@ -270,7 +270,7 @@ def gradients_break_at(*moments: tuple[int, int]) -> Callable[[], None]:
             now[:] = [stage, now[1] + 1 if now[0] == stage else 1]
             return improve(policy, optimizer, attempts, stage, config)
 
-        def break_one(policy: Any, *rest: Any) -> dict[str, float]:
+        def break_one(policy: Any, *rest: Any) -> list[dict[str, float]]:
             stats = accumulate(policy, *rest)
             if tuple(now) in moments:
                 list(policy.trainable.values())[-1].grad.view(-1)[0] = math.inf

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_model, perturb, random_attempt
+from conftest import build_model, perturb, random_attempts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -41,8 +41,8 @@ def rows_of(values: torch.Tensor, completions: list[list[int]]) -> list[torch.Te
 
 
 def two_attempts(policy: Any, seed: int = 0, rows: int = ROWS) -> list[Any]:
-    rng = random.Random(seed)
-    return [random_attempt(rng, rows, budget, policy.eos_token_ids[0]) for budget in BUDGETS]
+    assert len(policy.eos_token_ids) == 2
+    return random_attempts(random.Random(seed), rows, BUDGETS, policy.eos_token_ids)
 
 
 # -------------------------------------------------------------------------------------------------------- log-probs
@@ -171,7 +171,7 @@ def test_a_step_creates_no_tensor_of_batch_times_tokens_times_vocabulary(
     vocab = 5000
     policy, config = make_policy({"model.name": str(build_model(tmp_path / "model", vocab_size=vocab))})
     monkeypatch.setattr(train.LinearLogProb, "CHUNK_BYTES", 4 * vocab * 8)
-    attempts = [random_attempt(random.Random(0), 8, 60, policy.eos_token_ids[0]) for _ in range(2)]
+    attempts = random_attempts(random.Random(0), 8, (60, 60), policy.eos_token_ids)
     policy.micro_tokens = 10**6  # one micro-batch
     tokens = sum(map(len, attempts[0].completions))
     with LargestTensor() as largest:
@@ -439,6 +439,71 @@ def test_a_steps_gradient_is_that_of_the_equations(
                 assert_same_gradients(one, other, 1e-3)
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_one_pass_over_conversations_equals_a_pass_for_each_attempt(
+    scene: Any, make_config: Callable[..., Any], stage: int
+) -> None:
+    config = make_config(NO_CLIP)
+    scene.policy.micro_tokens = 100
+    mine, update = step_gradients(scene.policy, scene.attempts, stage, config)
+    total, keys = 0.0, config.train
+    terms = train.stage_terms(stage, *(torch.tensor(attempt.rewards) for attempt in scene.attempts), keys)
+    for attempt, (returns, kappa) in zip(scene.attempts, terms, strict=True):
+        rows = (attempt.prompts, attempt.completions, keys.generation_temperature)
+        with torch.no_grad(), train.reference(scene.policy):
+            reference = train.completion_log_probs(scene.policy, *rows)
+        log_probs = train.completion_log_probs(scene.policy, *rows)
+        lengths = torch.tensor([len(c) for c in attempt.completions])
+        credit = (train.advantages(returns, keys) / lengths / ROWS).repeat_interleave(lengths)
+        weight = (kappa / lengths / ROWS).repeat_interleave(lengths)
+        loss = (weight * train.k3(log_probs, reference) - credit * log_probs).sum()
+        loss.backward()
+        total += loss.item()
+    assert update["loss"] == pytest.approx(total, rel=1e-5, abs=1e-6)
+    assert_same_gradients(mine, {name: weight.grad for name, weight in scene.policy.trainable.items()}, 2e-6)
+
+
+def test_both_attempts_of_a_conversation_have_the_log_probs_of_plain_rows(policy: Any) -> None:
+    first, second = two_attempts(policy)
+    assert {c[-1] for c in first.completions} > set(policy.eos_token_ids), "both EOS ids and budgets"
+    with torch.no_grad():
+        together = train.completion_log_probs(
+            policy, first.prompts + second.prompts, first.completions + second.completions, 0.7,
+            [prompt + completion for prompt, completion in zip(second.prompts, second.completions, strict=True)],
+        )
+        rows = [(*row, 0.7) for a in (first, second) for row in zip(a.prompts, a.completions, strict=True)]
+        for mine, row in zip(rows_of(together, first.completions + second.completions), rows, strict=True):
+            torch.testing.assert_close(mine, plain_log_probs(policy.model, *row), atol=1e-5, rtol=0)
+
+
+def test_log_probs_of_attempt_one_do_not_change_with_attempt_two(policy: Any) -> None:
+    first, second = two_attempts(policy)
+    other = two_attempts(policy, seed=1)[1].completions
+
+    def of_attempt1(answers: list[list[int]]) -> torch.Tensor:
+        conversations = [prompt + answer for prompt, answer in zip(second.prompts, answers, strict=True)]
+        with torch.no_grad():
+            return train.completion_log_probs(policy, first.prompts, first.completions, 1.0, conversations)
+
+    assert second.completions != other
+    torch.testing.assert_close(of_attempt1(second.completions), of_attempt1(other), atol=1e-5, rtol=0)
+
+
+def test_terms_for_attempt_one_alone_leave_attempt_two_out(
+    scene: Any, make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(NO_CLIP | {"train.beta1": 0.0})
+    monkeypatch.setattr(train, "stage_terms", lambda stage, r1, r2, keys: [(r1, keys.beta1)])
+    mine, update = step_gradients(scene.policy, scene.attempts, 2, config)
+    attempt = scene.attempts[0]
+    credit = train.advantages(torch.tensor(attempt.rewards), config.train)
+    exact = -sum(a * log_pi.mean() for a, log_pi in zip(credit, scene.naive.log_probs[0], strict=True)) / ROWS
+    found = torch.autograd.grad(exact, list(scene.naive.weights.values()))
+    assert_same_gradients(mine, dict(zip(scene.naive.weights, found, strict=True)))
+    assert math.isnan(update["kl_attempt2"])
+    assert update["kl_attempt1"] > 0
+
+
 def test_each_term_counts(scene: Any, make_config: Callable[..., Any]) -> None:
     """The scene is one in which every coefficient moves the gradient by more than the comparison forgives."""
     for stage, names in ((1, ("beta1", "beta2", "generation_temperature")), (2, ("alpha", "beta1"))):
@@ -466,17 +531,15 @@ def test_micro_batch_size_of_the_config_bounds_the_rows_of_a_forward(
     policy, config = make_policy({"train.micro_batch_size": 2})
     seen, inner = [], train.completion_log_probs
 
-    def spy(policy: Any, prompts: Any, completions: Any, temperature: float) -> torch.Tensor:
-        seen.append(len(prompts) * max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True)))
-        return inner(policy, prompts, completions, temperature)
+    def spy(policy: Any, prompts: Any, completions: Any, temperature: float, conversations: Any) -> torch.Tensor:
+        seen.append(len(conversations) * max(map(len, conversations)))
+        return inner(policy, prompts, completions, temperature, conversations)
 
     monkeypatch.setattr(train, "completion_log_probs", spy)
-    full = [90 + 10] * 8  # prompts of 90 tokens: only two full-length rows fit
-    attempts = [random_attempt(random.Random(0), 8, 10, policy.eos_token_ids[0]) for _ in range(2)]
-    for attempt in attempts:
-        attempt.prompts = [[20 + row] * (length - 10) for row, length in enumerate(full)]
+    attempts = random_attempts(random.Random(0), 8, (8, 10), policy.eos_token_ids)
+    attempts[1].prompts = [prompt + [9] * (90 - len(prompt)) for prompt in attempts[1].prompts]  # two such rows fit
     train.improve(policy, Recorder(policy), attempts, 1, config)
-    assert len(seen) == 2 * 4 * 2  # two attempts, four micro-batches, reference and policy
+    assert len(seen) == 4 * 2  # four micro-batches, reference and policy
     assert max(seen) <= 2 * (config.train.max_prompt_length_attempt2 + config.train.max_new_tokens_attempt2)
 
 
@@ -598,6 +661,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(
     policy: Any, make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, bad: float
 ) -> None:
     optimizer, attempts, inner, calls = adam(policy), two_attempts(policy), train.completion_log_probs, []
+    policy.micro_tokens = 60
     train.improve(policy, optimizer, attempts, 2, make_config())
     before = weights_of(policy)
     moments = copy.deepcopy(optimizer.state_dict()["state"])
@@ -626,11 +690,11 @@ def test_out_of_memory_starts_the_update_over_with_smaller_micro_batches(
     scene.policy.micro_tokens = 60
     exact, _ = step_gradients(scene.policy, scene.attempts, 2, config)
 
-    def full(policy: Any, prompts: Any, *rest: Any) -> torch.Tensor:
-        sizes.append(len(prompts))
+    def full(*args: Any) -> torch.Tensor:
+        sizes.append(len(args[-1]))
         if len(sizes) == at_call:
             raise torch.OutOfMemoryError("injected")
-        return inner(policy, prompts, *rest)
+        return inner(*args)
 
     monkeypatch.setattr(train, "completion_log_probs", full)
     mine, _ = step_gradients(scene.policy, scene.attempts, 2, config)

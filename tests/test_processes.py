@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import ROOT, assert_same_ending, ending, fork_run, no_curves, output, perturb, random_attempt
+from conftest import ROOT, assert_same_ending, ending, fork_run, no_curves, output, perturb, random_attempts
 from safetensors.torch import load_file, save_file
 
 import train
@@ -74,8 +74,7 @@ def test_the_summed_gradient_is_that_of_one_process(
 ) -> None:
     policy, config = make_policy({"train.max_grad_norm": 1e9, "train.micro_batch_size": 1})
     perturb(policy)
-    rng = random.Random(rows)
-    attempts = [random_attempt(rng, rows, budget, policy.eos_token_ids[0]) for budget in (8, 12)]
+    attempts = random_attempts(random.Random(0), rows, (8, 12), policy.eos_token_ids)
     alone = train.improve(policy, SavingSGD(policy, tmp_path / "alone"), attempts, stage, config)
     assert alone.pop("logprob_drift") is None, "nothing here was sampled"
 
