@@ -133,7 +133,7 @@ class ModelConfig(Section):
     chat_template_kwargs: dict[str, Any] = {}
     fast_inference: bool = False
     fast_inference_gpu_mem: Real = Field(0.5, gt=0, lt=1)
-    gradient_checkpointing: Literal[True, False, "unsloth"] = True
+    gradient_checkpointing: Literal["auto", True, False, "unsloth"] = "auto"
     decoder: Literal["auto", "graph", "generate"] = "auto"
     trust_remote_code: bool = False
     lora: LoraConfig = LoraConfig()
@@ -551,6 +551,7 @@ class Policy:
     decoder: Decoder | None = None
     engine: Callable | None = None  # vLLM's, in the decoder's place
     micro_tokens: int = 0  # the update's tokens per micro-batch, pads included; an out-of-memory halves it
+    recompute: Callable[[], Any] | None = None  # gradient checkpointing on, where `auto` has left it off
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
@@ -638,13 +639,43 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
         load_adapter(model, adapter)
     if DEVICE.type == "cpu" and model.num_parameters() < 2**24:
         torch.set_num_threads(1)  # matrices this small keep threads waiting for one another, worse beside another job
-    for_training()
+    auto = config.model.gradient_checkpointing == "auto"
+    checkpointing = True if auto else config.model.gradient_checkpointing
     longest = config.train.max_prompt_length_attempt2 + config.train.max_new_tokens_attempt2
-    policy = Policy(model, tokenizer, eos, pad, think_prefix, bridge, for_generation, for_training,
+    policy = Policy(model, tokenizer, eos, pad, think_prefix, bridge, for_generation,
+                    partial(for_training, use_gradient_checkpointing=checkpointing),
                     micro_tokens=config.train.micro_batch_size * longest)
+    policy.for_training()
     check_log_prob_route(policy)
     choose_sampler(policy, config, longest)
+    if auto:
+        keep_activations_if_they_fit(policy, for_training, longest)
     return policy
+
+
+ENOUGH_TOKENS = 8192  # a micro-batch of as many keeps a card busy
+
+
+def keep_activations_if_they_fit(policy: Policy, for_training: Callable, longest: int) -> None:
+    """Gradient checkpointing `auto`: computing activations a second time costs time, so it is off where half of the free
+    memory holds those of a micro-batch of ENOUGH_TOKENS (and of one row of `longest`).
+
+    What a token's activations take is measured on one row. `improve` switches it on again rather than give up."""
+    recompute, policy.for_training = policy.for_training, partial(for_training, use_gradient_checkpointing=False)
+    policy.for_training()
+    if DEVICE.type != "cuda":
+        return
+    row = [i % len(policy.tokenizer) for i in range(min(1024, longest))]
+    before = torch.cuda.memory_allocated()
+    kept = completion_log_probs(policy, [row[:1]], [row[1:]], 1.0)
+    a_token = (torch.cuda.memory_allocated() - before) / len(row)
+    del kept
+    fits = int((torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - before) / 2 / a_token)
+    if fits < max(longest, min(ENOUGH_TOKENS, policy.micro_tokens)):
+        policy.for_training = recompute
+        recompute()
+    else:  # a power of two: the same on every start with about as much free memory
+        policy.recompute, policy.micro_tokens = recompute, min(policy.micro_tokens, 1 << (fits.bit_length() - 1))
 
 
 def lora_settings(config: Config) -> dict[str, Any]:
@@ -654,10 +685,12 @@ def lora_settings(config: Config) -> dict[str, Any]:
 
 
 def load_with_unsloth(config: Config, dtype: torch.dtype) -> tuple[Any, Callable, Callable]:
-    """The PEFT model, and the switches to generation and back to training; with vLLM inside if asked for."""
+    """The PEFT model, the switch to generation and the one to training, which is told about gradient checkpointing;
+    with vLLM inside if asked for."""
     from unsloth import FastLanguageModel
 
-    wanted, checkpointing, more = config.model, config.model.gradient_checkpointing, {}
+    wanted, more = config.model, {}
+    checkpointing = True if wanted.gradient_checkpointing == "auto" else wanted.gradient_checkpointing
     if PROCESSES.num_processes > 1:
         more["device_map"] = {"": PROCESSES.local_process_index}
     if wanted.fast_inference:  # vLLM knows ranks that are powers of two
@@ -677,8 +710,7 @@ def load_with_unsloth(config: Config, dtype: torch.dtype) -> tuple[Any, Callable
     for line in BANNERS:  # among them one that matters now and then
         if re.search("disabling|cannot|will switch|defaulting", line, re.IGNORECASE):
             say(line.strip())
-    return (model, partial(FastLanguageModel.for_inference, model),
-            partial(FastLanguageModel.for_training, model, use_gradient_checkpointing=checkpointing))
+    return model, partial(FastLanguageModel.for_inference, model), partial(FastLanguageModel.for_training, model)
 
 
 def load_with_transformers(config: Config, dtype: torch.dtype) -> tuple[Any, Callable, Callable]:
@@ -701,11 +733,16 @@ def load_with_transformers(config: Config, dtype: torch.dtype) -> tuple[Any, Cal
     for target in wanted.lora.target_modules:
         if not any(module.endswith(f".{target}") for module in modules):
             raise UserError(f"model.lora.target_modules: {wanted.name} has no {target}; leave it out or correct it")
-    if wanted.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    model = get_peft_model(model, PeftLoraConfig(**lora_settings(config), task_type="CAUSAL_LM"))
-    return model, model.eval, model.train
+    base, model = model, get_peft_model(model, PeftLoraConfig(**lora_settings(config), task_type="CAUSAL_LM"))
+
+    def for_training(use_gradient_checkpointing: bool | str) -> None:
+        model.train()
+        if use_gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            base.gradient_checkpointing_disable()
+
+    return model, model.eval, for_training
 
 
 def choose_sampler(policy: Policy, config: Config, longest: int) -> None:
@@ -1948,11 +1985,15 @@ def improve(policy: Policy, optimizer: torch.optim.Optimizer, attempts: list[Att
         except torch.OutOfMemoryError:
             last = attempts[-1]
             longest = max(len(p) + len(c) for p, c in zip(last.prompts, last.completions, strict=True))
-            if policy.micro_tokens < longest:
+            if policy.micro_tokens >= longest:
+                policy.micro_tokens //= 2
+            elif policy.recompute:
+                policy.for_training, policy.recompute = policy.recompute, None
+                policy.for_training()
+            else:
                 raise RunError(f"one row of {longest} tokens does not fit in this card's memory; lower "
-                                   "train.max_new_tokens_attempt2, or set model.gradient_checkpointing or "
-                                   "model.load_in_4bit") from None
-            policy.micro_tokens //= 2
+                               "train.max_new_tokens_attempt2, or set model.gradient_checkpointing or "
+                               "model.load_in_4bit") from None
         torch.cuda.empty_cache()
         say(f"Out of GPU memory: the update starts over with micro-batches of {policy.micro_tokens} tokens.")
     if PROCESSES.num_processes > 1:

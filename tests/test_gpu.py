@@ -94,6 +94,34 @@ def test_gradients_reach_every_lora_weight(make_gpu_policy: Callable[..., Any], 
         assert weight.grad.abs().max() > 0, name
 
 
+@pytest.mark.parametrize("use_unsloth", [pytest.param(True, marks=needs_unsloth), False])
+def test_checkpointing_auto_goes_by_the_free_memory_and_changes_no_gradient(
+    make_policy: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_unsloth: bool
+) -> None:
+    import torch
+
+    import train
+
+    folder = build_model(tmp_path / "model", hidden=128)
+    keys = KEYS | {"model.name": str(folder), "model.gradient_checkpointing": "auto"}
+    found, peaks = [], []
+    for free in (None, 0):
+        if free is not None:
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (-(10**12), 0))
+        policy, _ = make_policy(keys, use_unsloth=use_unsloth)
+        monkeypatch.undo()
+        assert (policy.recompute is None) == (free is not None)
+        move(policy)
+        before = torch.cuda.memory_allocated()
+        log_probs = train.completion_log_probs(policy, *ragged_rows(), 1.0)
+        peaks.append(torch.cuda.memory_allocated() - before)
+        log_probs.mean().backward()
+        found.append(torch.cat([weight.grad.flatten() for weight in policy.trainable.values()]))
+    print(f"kept for the backward pass: {peaks[0]} bytes, with checkpointing {peaks[1]}")
+    assert peaks[1] < peaks[0] / 2
+    assert (found[0] - found[1]).norm() < 0.05 * found[0].norm()
+
+
 @needs_unsloth
 def test_right_padding_is_exact_and_left_padding_is_not(make_gpu_policy: Callable[..., Any]) -> None:
     """Unsloth drops the attention mask in training mode: a left-padded row would attend to its pads."""

@@ -10,6 +10,7 @@ import math
 import random
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -523,6 +524,26 @@ def test_gradient_checkpointing_changes_nothing(scene: Any, make_policy: Callabl
     perturb(policy, 0.05)
     mine, _ = step_gradients(policy, scene.attempts, 2, config)
     assert_same_gradients(mine, scene.naive.gradients(2, config.train))
+
+
+def test_checkpointing_auto_is_off_where_memory_does_not_matter_and_comes_on_before_giving_up(
+    scene: Any, make_policy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, config = make_policy(NO_CLIP | {"model.gradient_checkpointing": "auto"})
+    perturb(policy, 0.05)
+    backbone, inner = policy.model.get_base_model().model, train.completion_log_probs
+    assert not any(layer.gradient_checkpointing for layer in backbone.layers)
+    policy.recompute = partial(policy.for_training.func, use_gradient_checkpointing=True)  # as on a GPU
+
+    def full(*args: Any) -> torch.Tensor:
+        if torch.is_grad_enabled() and not backbone.layers[0].gradient_checkpointing:
+            raise torch.OutOfMemoryError("injected")
+        return inner(*args)
+
+    monkeypatch.setattr(train, "completion_log_probs", full)
+    mine, _ = step_gradients(policy, scene.attempts, 2, config)
+    assert_same_gradients(mine, scene.naive.gradients(2, config.train))
+    assert backbone.layers[0].gradient_checkpointing
 
 
 def test_micro_batch_size_of_the_config_bounds_the_rows_of_a_forward(
