@@ -657,8 +657,8 @@ ENOUGH_TOKENS = 8192  # a micro-batch of as many keeps a card busy
 
 
 def keep_activations_if_they_fit(policy: Policy, for_training: Callable, longest: int) -> None:
-    """Gradient checkpointing `auto`: computing activations a second time costs time, so it is off where half of the free
-    memory holds those of a micro-batch of ENOUGH_TOKENS (and of one row of `longest`).
+    """Gradient checkpointing `auto`: computing activations twice costs time, so it is off where half of the free memory
+    holds those of a micro-batch of ENOUGH_TOKENS (and of one row of `longest`).
 
     What a token's activations take is measured on one row. `improve` switches it on again rather than give up."""
     recompute, policy.for_training = policy.for_training, partial(for_training, use_gradient_checkpointing=False)
