@@ -1807,15 +1807,13 @@ class LinearLogProb(torch.autograd.Function):
         rows = max(1, LinearLogProb.CHUNK_BYTES // (4 * weight.shape[0]))
         for start in range(0, len(targets), rows):
             chunk = slice(start, start + rows)
-            logits = head_logits(hidden[chunk], weight) / temperature  # [rows, V]
-            picked = logits.gather(1, targets[chunk, None])
-            normaliser = logits.logsumexp(1, keepdim=True)
-            log_probs[chunk] = (picked - normaliser)[:, 0]
+            logits = head_logits(hidden[chunk], weight)  # [rows, V]
+            log_p = (logits / temperature if temperature != 1 else logits).log_softmax(1)
+            log_probs[chunk] = log_p.gather(1, targets[chunk, None])[:, 0]
             if direction is not None:
-                # onehot - softmax in float32 first: where the target is nearly sure, bf16 would lose the difference
-                toward = logits.sub_(normaliser).exp_().neg_()
-                toward.scatter_add_(1, targets[chunk, None], torch.ones_like(picked))
-                direction[chunk] = (toward.to(weight.dtype) @ weight) / temperature
+                # softmax - onehot in float32 first: where the target is nearly sure, bf16 would lose the difference
+                away = log_p.exp_().scatter_add_(1, targets[chunk, None], -torch.ones_like(log_p[:, :1]))
+                direction[chunk] = (away.to(weight.dtype) @ weight) / -temperature
         ctx.save_for_backward(direction)
         return log_probs
 
