@@ -46,9 +46,6 @@ def tokens_inside(texts: list[str], tag: str, tokenizer) -> list[int]:
 
 def report_lengths(attempts, policy, config, longest: int) -> None:
     """Percentiles, the think/answer split, failures, and budgets for what was seen; `longest`: tokens of any prompt."""
-    from reward_function import ANSWER_EXTRACTORS
-
-    extract = ANSWER_EXTRACTORS[config.reward.answer_extractor]
     for number, attempt in enumerate(attempts, 1):
         count = len(attempt.texts)
         print(f"\nAttempt {number} ({count} rollouts)")
@@ -58,9 +55,10 @@ def report_lengths(attempts, policy, config, longest: int) -> None:
             inside = tokens_inside(attempt.texts, tag, policy.tokenizer)
             split = f"{percentiles(inside)} (in {len(inside)})" if inside else "no such tag"
             print(f"  <{tag}> tokens".ljust(21) + split)
-        unextracted = sum(not extract(text) for text in attempt.texts)
-        print(f"  cut off by the budget {sum(attempt.truncated) / count:.1%}, no answer {unextracted / count:.1%}, "
-              f"correct {sum(attempt.correct) / count:.1%}, mean reward {sum(attempt.rewards) / count:.3f}")
+        unanswered = attempt.answers.count("")
+        print(f"  cut off by the budget {sum(attempt.truncated) / count:.1%}, no answer {unanswered / count:.1%}, "
+              f"correct {sum(attempt.correct) / count:.1%} (in any format {sum(attempt.flexible) / count:.1%}), "
+              f"mean reward {sum(attempt.rewards) / count:.3f}")
     print("\nRecommended budgets (completions: 99th percentile and a tenth; one that cut off more than 1% is doubled; "
           "prompts:\nthe longest of all train and test rows that max_prompt_length_attempt1 lets in now)")
     budgets = []
@@ -155,8 +153,61 @@ def time_decoding(train, policy, examples, sizes: list[int], new_tokens: int, na
         policy.decoder.eos.copy_(held)
 
 
+KINDS = (
+    "unanswered -> correct", "wrong -> correct", "correct -> unanswered", "correct -> wrong", "wrong, repeated",
+    "wrong, another wrong answer", "wrong -> unanswered", "unanswered -> wrong", "still unanswered", "still correct",
+    "copied, wrong", "copied, unanswered", "copied, correct",
+)  # fmt: skip
+KINDS_WITHOUT_ANSWERS = ("corrected (i->c)", "broken (c->i)", "changed, still wrong", "changed, still right", "copied")
+
+
+def kind_of(row: dict) -> str:
+    """What became of a pair, one of `KINDS`; "copied" is word for word, "repeated" the same answer in other words."""
+    from reward_function import answers_match, outcome
+
+    before, after = (outcome(row[f"correct_attempt{n}"], row[f"answer_attempt{n}"]) for n in (1, 2))
+    if before != after:
+        return f"{before} -> {after}"
+    if row["text_attempt1"] == row["text_attempt2"]:
+        return f"copied, {after}"
+    if after != "wrong":
+        return f"still {after}"
+    same = answers_match(row["answer_attempt1"], row["answer_attempt2"])
+    return "wrong, repeated" if same else "wrong, another wrong answer"
+
+
+def kind_without_answers(row: dict) -> str:
+    before, after = row["correct_attempt1"], row["correct_attempt2"]
+    if before != after:
+        return "corrected (i->c)" if after else "broken (c->i)"
+    if row["text_attempt1"] == row["text_attempt2"]:
+        return "copied"
+    return "changed, still right" if after else "changed, still wrong"
+
+
+def extractor_of(folder: Path):
+    """The run's answer extractor if it is a shipped one, else None."""
+    import yaml
+
+    from reward_function import ANSWER_EXTRACTORS
+
+    with suppress(OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
+        return ANSWER_EXTRACTORS[yaml.safe_load((folder / "config.yaml").read_text())["reward"]["answer_extractor"]]
+    return None
+
+
+def find_answers(row: dict, extract) -> bool:
+    """Are both answers in the row? Where an older version left none, they are extracted and added."""
+    from reward_function import given_answer
+
+    for n in (1, 2):
+        if f"answer_attempt{n}" not in row and extract:
+            row[f"answer_attempt{n}"] = given_answer(row[f"text_attempt{n}"], row.get(f"truncated_attempt{n}"), extract)
+    return {"answer_attempt1", "answer_attempt2"} <= row.keys()
+
+
 def show_samples(folder: Path, checkpoint: str | None, most: int) -> int:
-    """Prints the evaluated pairs of a run: corrected, broken, changed and copied, side by side with a word diff."""
+    """Prints the evaluated pairs of a run by kind: how many of each, then some side by side with a word diff."""
     try:
         lines = (folder / "samples.jsonl").read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
@@ -175,18 +226,14 @@ def show_samples(folder: Path, checkpoint: str | None, most: int) -> int:
         return 2
     checkpoint = checkpoint or list(evaluated)[-1]
     rows = evaluated[checkpoint]
-    kinds = {"corrected (i->c)": [], "broken (c->i)": [], "changed, still wrong": [], "changed, still right": [],
-             "copied": []}
+    extract = extractor_of(folder)
+    answered = all([find_answers(row, extract) for row in rows])
+    kinds: dict[str, list[dict]] = {kind: [] for kind in (KINDS if answered else KINDS_WITHOUT_ANSWERS)}
     for row in rows:
-        before, after = row["correct_attempt1"], row["correct_attempt2"]
-        if before != after:
-            kind = "corrected (i->c)" if after else "broken (c->i)"
-        elif row["text_attempt1"] == row["text_attempt2"]:
-            kind = "copied"
-        else:
-            kind = f"changed, still {'right' if after else 'wrong'}"
-        kinds[kind].append(row)
-    print(f"{folder}, {checkpoint}: {len(rows)} rows; " + ", ".join(f"{len(v)} {k}" for k, v in kinds.items()))
+        kinds[kind_of(row) if answered else kind_without_answers(row)].append(row)
+    print(f"{folder}, {checkpoint}: {len(rows)} rows")
+    for kind, members in kinds.items():
+        print(f"{len(members):>6}  {kind}")
     if checkpoint != "pretrain" and len(evaluated.get("pretrain", [])) == len(rows):
         pretrain, rng = evaluated["pretrain"], random.Random(0)
         gains = [b["correct_attempt2"] - a["correct_attempt1"] for a, b in zip(pretrain, rows, strict=True)]

@@ -269,6 +269,57 @@ def _serve() -> None:
         print(reply, file=replies, flush=True)
 
 
+# ---- diagnosis: what an attempt came to, never what it is paid -------------------------------------------------------
+
+
+def given_answer(text: str, cut_off: bool, extract: Extractor) -> str:
+    """The extracted answer, stripped; "" also where the budget cut off a text that was to be its own answer."""
+    answer = _extract(extract, text).strip()
+    return "" if cut_off and answer == text.strip() else answer
+
+
+def outcome(correct: bool, answer: str) -> str:
+    """What became of an attempt: "correct", "wrong", or "unanswered" where it has no answer that can be extracted."""
+    return "correct" if correct else "wrong" if answer else "unanswered"
+
+
+def flexible_answer(text: str) -> str:
+    r"""What a lenient reader takes for the answer, else "". For diagnosis: it tells a bad format from bad reasoning.
+
+    The last <answer> pair that is not empty, else the last \boxed{...}, else the rest of the sentence after the last
+    "####", "answer is" or "answer:", else the last number. It must never be registered: as a reward it would pay
+    answers that ignore the format.
+    """
+    marked = [text[mark.end() :] for mark in list(_MARK.finditer(text))[-1:]]
+    for part in (answer_tag(text), last_boxed(text), *(_SENTENCE.match(part)[0] for part in marked)):
+        answer = _without_words(part or "")
+        if answer:
+            return answer
+    numbers = [match[0] for match in _NUMBER.finditer(_tidy(text))]
+    return numbers[-1].replace(",", "").lstrip("+") if numbers else ""
+
+
+_MARK = re.compile(r"(?:####|answer(?:\s{1,3}is|:))[\s:*]*+", re.IGNORECASE)
+_SENTENCE = re.compile(r"(?:[^.\n<]|\.(?!\s|$)|<(?!/))*+")  # "</" closes the tag around it
+_FORMULA = re.compile(r"\$([^$]++)\$|\\[(\[]((?:[^\\]|\\(?![)\]]))++)")
+
+
+def _without_words(text: str) -> str:
+    """A lenient reader's answer in a short text: the formula that it begins with; of words and a number, the number."""
+    boxed = last_boxed(text)
+    text = (text if boxed is None else boxed).strip(" \n\t*")
+    formula = _FORMULA.match(text)
+    text = _TEXT.sub(r" \1 ", formula[1] or formula[2] if formula else text)
+    words = re.search(r"[^\W\d_]{2}", re.sub(r"\\[A-Za-z]++", " ", text))
+    return (words and first_number(text)) or text.strip(" \n\t*.")
+
+
+def is_flexibly_correct(prediction: str, target: str, extract: Extractor) -> bool:
+    """Does the output hold the right answer, whatever its format? Whatever `is_correct` accepts, and more."""
+    reference = _extract(extract, target)
+    return is_correct(prediction, target, extract) or answers_match(flexible_answer(prediction), reference)
+
+
 # ---- rewards ---------------------------------------------------------------------------------------------------------
 
 

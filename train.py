@@ -67,7 +67,18 @@ from urllib.parse import urlparse
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from reward_function import ANSWER_EXTRACTORS, REWARD_FNS, RewardError, is_correct, majority, score
+from reward_function import (
+    ANSWER_EXTRACTORS,
+    REWARD_FNS,
+    RewardError,
+    answers_match,
+    given_answer,
+    is_correct,
+    is_flexibly_correct,
+    majority,
+    outcome,
+    score,
+)
 
 
 class UserError(Exception):
@@ -1646,8 +1657,10 @@ class Attempt:
     prompts: list[list[int]]
     completions: list[list[int]]
     texts: list[str]  # what rewards see: the completion decoded, EOS removed, tags kept
+    answers: list[str]  # extracted from them, "" where there is none
     rewards: list[float]
     correct: list[bool]
+    flexible: list[bool]  # correct if a lenient reader looks for the answer: for diagnosis, never a reward
     truncated: list[bool]  # the budget ended it, not EOS
     sampled_log_probs: list[list[float]] | None  # by the decoder, under softmax(logits / T)
     seconds: float
@@ -1681,13 +1694,16 @@ def make_attempt(policy: Policy, prompts: list[list[int]], examples: list[Exampl
     start = time.perf_counter()
     budget = getattr(config.train, f"max_new_tokens_attempt{min(number, 2)}")
     completions, log_probs = sample(policy, prompts, budget, temperature, seed)
-    answers = [without_eos(completion, policy) for completion in completions]
-    texts = policy.tokenizer.batch_decode(answers, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    without_end = [without_eos(completion, policy) for completion in completions]
+    texts = policy.tokenizer.batch_decode(without_end, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     texts = [policy.think_prefix + text for text in texts]
     seconds = time.perf_counter() - start
-    rewards, correct = grade(texts, [example.target for example in examples], config.reward)
-    truncated = [len(answer) == len(completion) for answer, completion in zip(answers, completions, strict=True)]
-    return Attempt(prompts, completions, texts, rewards, correct, truncated, log_probs, seconds)
+    targets, extract = [example.target for example in examples], ANSWER_EXTRACTORS[config.reward.answer_extractor]
+    rewards, correct = grade(texts, targets, config.reward)
+    truncated = [len(written) == len(completion) for written, completion in zip(without_end, completions, strict=True)]
+    answers = [given_answer(text, cut, extract) for text, cut in zip(texts, truncated, strict=True)]
+    flexible = [is_flexibly_correct(text, target, extract) for text, target in zip(texts, targets, strict=True)]
+    return Attempt(prompts, completions, texts, answers, rewards, correct, flexible, truncated, log_probs, seconds)
 
 
 def without_eos(completion: list[int], policy: Policy) -> list[int]:
@@ -2031,7 +2047,7 @@ def evaluate(policy: Policy, examples: list[Example], config: Config, checkpoint
     """The paper's metrics on `examples`, greedily unless eval.generation_temperature says otherwise.
 
     Returns the eval event and one sample row an example. "acc" is the share of correct answers, not a mean reward.
-    delta = Acc@t2 - Acc@t1 = i->c - c->i. With eval.attempts above 2 also the accuracy of the later attempts, with
+    With eval.attempts above 2 also the accuracy of the later attempts, with
     eval.samples above 1 also that of majority votes."""
     size, temperature = config.eval.batch_size, config.eval.generation_temperature
     start, batches = time.perf_counter(), []
@@ -2043,8 +2059,6 @@ def evaluate(policy: Policy, examples: list[Example], config: Config, checkpoint
     first, second, n = attempts[0], attempts[1], len(examples)
     pairs = list(zip(first.correct, second.correct, strict=True))
     event = {"event": "eval", "checkpoint": checkpoint, "n": n} | attempt_means(attempts) | {
-        "delta": (sum(second.correct) - sum(first.correct)) / n,
-        "delta_i_to_c": sum(b and not a for a, b in pairs) / n, "delta_c_to_i": sum(a and not b for a, b in pairs) / n,
         "edit_distance_ratio": sum(map(edit_distance_ratio, first.completions, second.completions)) / n,
     } | intervals(np.array(pairs, dtype=float))
     if config.eval.samples > 1:
@@ -2054,10 +2068,39 @@ def evaluate(policy: Policy, examples: list[Example], config: Config, checkpoint
 
 
 def attempt_means(attempts: list[Attempt]) -> dict[str, float]:
-    """Mean reward, accuracy, truncation and length of each attempt over its rows."""
-    return {f"{name}_attempt{number}": sum(values) / len(values) for number, a in enumerate(attempts, 1)
-            for name, values in (("reward", a.rewards), ("acc", a.correct), ("truncated", a.truncated),
-                                 ("completion_tokens", [*map(len, a.completions)]))}
+    """Mean reward, accuracy (strict and flexible), truncation and length of each attempt over its rows; shares of
+    rows unanswered; and `correction_split` of the first two attempts."""
+    means = {f"{name}_attempt{number}": sum(values) / len(values) for number, a in enumerate(attempts, 1)
+             for name, values in (("reward", a.rewards), ("acc", a.correct), ("flexible_acc", a.flexible),
+                                  ("unanswered", [kind == "unanswered" for kind in outcomes(a)]),
+                                  ("truncated", a.truncated), ("completion_tokens", [*map(len, a.completions)]))}
+    return means | correction_split(*attempts[:2])
+
+
+def outcomes(attempt: Attempt) -> list[str]:
+    return [outcome(correct, answer) for correct, answer in zip(attempt.correct, attempt.answers, strict=True)]
+
+
+def correction_split(first: Attempt, second: Attempt) -> dict[str, float | None]:
+    """What the corrections are. delta = Acc@t2 - Acc@t1 = i->c - c->i, and i->c and c->i each as the sum of a part from
+    or to "unanswered" (format) and one from or to "wrong" (reasoning); all are shares of the rows.
+
+    Unanswered is an attempt without an answer that can be extracted, be it cut off by the budget or not; one that was
+    cut off after a wrong answer is wrong. Of the wrong first attempts, `wrong_answered`, the shares `wrong_mended`, the
+    second being correct, and `wrong_repeated`, the second giving the same answer; None if there are none."""
+    n, pairs = len(first.correct), list(zip(outcomes(first), outcomes(second), strict=True))
+    wrong = [row for row, (before, _) in enumerate(pairs) if before == "wrong"]
+    repeated = [pairs[row][1] == "wrong" and answers_match(first.answers[row], second.answers[row]) for row in wrong]
+    changes = [("unanswered", "correct"), ("wrong", "correct"), ("correct", "unanswered"), ("correct", "wrong")]
+    return {
+        "delta": (sum(second.correct) - sum(first.correct)) / n,
+        "delta_i_to_c": sum(b and not a for a, b in zip(first.correct, second.correct, strict=True)) / n,
+        "delta_c_to_i": sum(a and not b for a, b in zip(first.correct, second.correct, strict=True)) / n,
+    } | {f"{before}_to_{after}": pairs.count((before, after)) / n for before, after in changes} | {
+        "wrong_answered": len(wrong) / n,
+        "wrong_mended": pairs.count(("wrong", "correct")) / len(wrong) if wrong else None,
+        "wrong_repeated": sum(repeated) / len(wrong) if wrong else None,
+    }
 
 
 def intervals(correct: np.ndarray) -> dict[str, list[float]]:
@@ -2118,15 +2161,16 @@ def sample_rows(examples: list[Example], attempts: list[Attempt], where: dict, m
         where | {"question": example.question, "target": example.target} | {
             f"{key}_attempt{number}": values[row]
             for number, attempt in enumerate(attempts, 1)
-            for key, values in (("text", attempt.texts), ("reward", attempt.rewards), ("correct", attempt.correct),
-                                ("truncated", attempt.truncated), ("tokens", [*map(len, attempt.completions)]))
+            for key, values in (("text", attempt.texts), ("answer", attempt.answers), ("reward", attempt.rewards),
+                                ("correct", attempt.correct), ("truncated", attempt.truncated),
+                                ("tokens", [*map(len, attempt.completions)]))
         }
         for row, example in enumerate(examples[:most])
     ]
 
 
 def results_table(evals: list[dict[str, Any]]) -> str:
-    """The evaluations as markdown: the paper's metrics and, where there were votes, a second table of those."""
+    """The evaluations as markdown: the paper's metrics, what the corrections are, and votes where there were any."""
     columns = {"checkpoint": "checkpoint", "Acc@t1": "acc_attempt1", "Acc@t2": "acc_attempt2"}
     columns |= {f"Acc@t{key[11:]}": key for e in evals for key in e if re.fullmatch(r"acc_attempt\d+", key)}
     columns |= {"delta": "delta", "95%": "delta_interval", "i->c": "delta_i_to_c", "c->i": "delta_c_to_i",
@@ -2135,6 +2179,15 @@ def results_table(evals: list[dict[str, Any]]) -> str:
     kind = lambda e: " (eval only)" * ("eval_only" in e) or " (given adapter)" * ("adapter" in e)  # noqa: E731
     rows = [e | {"checkpoint": e["checkpoint"] + kind(e)} for e in evals]
     table = markdown([list(columns), *([row.get(key) for key in columns.values()] for row in rows)])
+    split = {"checkpoint": "checkpoint"} | {
+        f"{title} {number}": f"{name}_attempt{number}" for title, name in (
+            ("flexible", "flexible_acc"), ("unanswered", "unanswered"), ("cut off", "truncated")) for number in (1, 2)
+    } | {"unanswered->c": "unanswered_to_correct", "wrong->c": "wrong_to_correct", "c->unanswered":
+         "correct_to_unanswered", "c->wrong": "correct_to_wrong", "wrong 1": "wrong_answered", "mended": "wrong_mended",
+         "repeated": "wrong_repeated"}
+    if any("wrong_answered" in e for e in evals):  # not in runs of older versions
+        table += "\n\nCorrections, shares of the rows (mended and repeated: of the wrong first attempts):\n\n"
+        table += markdown([list(split), *([row.get(key) for key in split.values()] for row in rows)])
     votes = [[e["checkpoint"], int(key[14:]), e[key], e[key.replace("parallel", "sequential")]]
              for e in evals for key in e if key.startswith("vote_parallel_")]
     if not votes:
@@ -2289,7 +2342,8 @@ class Run:
         if event["event"] == "eval":
             self.write_results()
             say("Evaluated {checkpoint}: Acc@t1 {acc_attempt1:.3f}, Acc@t2 {acc_attempt2:.3f}, delta {delta:+.3f}, "
-                "i->c {delta_i_to_c:.3f}, c->i {delta_c_to_i:.3f}, n {n}".format(**event))
+                "i->c {delta_i_to_c:.3f} (wrong->c {wrong_to_correct:.3f}), c->i {delta_c_to_i:.3f}, n {n}"
+                .format(**event))
         if self.wandb:
             with at_the_loggers_risk(self):
                 log_to_wandb(self, event, samples)
@@ -2450,7 +2504,8 @@ def rewind(folder: Path, stage: int, step: int) -> None:
 
 @on_main
 def draw_curves(folder: Path) -> None:
-    """curves.png: rewards, accuracy, gap, KL, lengths of both attempts by step (faint: each step), stages marked."""
+    """curves.png: rewards, accuracy, gap, KL, lengths, failures and corrections by step (faint: each step), stages
+    marked."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -2462,23 +2517,32 @@ def draw_curves(folder: Path) -> None:
     x = [e["global_step"] for e in steps]
     window = np.ones(max(1, len(x) // 20))
     panels = {"reward": "mean reward of rollouts", "acc": "accuracy (dots: held out, 95% interval)",
-              "reward_gap": "reward gap (attempt 2 - attempt 1)", "kl": "KL to the reference, per token (K3)",
-              "completion_tokens": "completion tokens", "truncated": "share cut off by the budget"}
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+              "reward_gap": "reward gap (attempt 2 - attempt 1)", "corrections": "corrected rows (dots: held out)",
+              "kl": "KL to the reference, per token (K3)", "completion_tokens": "completion tokens",
+              "truncated": "cut off by the budget (dashed: unanswered)",
+              "wrong first attempts": "of the answered wrong first attempts"}
+    blue, orange, green, red = (f"tab:{color}" for color in ("blue", "orange", "green", "red"))
+    curves = {"reward_gap": [("reward_gap", green, None)],
+              "corrections": [("wrong_to_correct", green, "wrong -> correct"),
+                              ("unanswered_to_correct", red, "unanswered -> correct")],
+              "wrong first attempts": [("wrong_mended", green, "mended"), ("wrong_repeated", red, "repeated")]}
+    for name in panels.keys() - curves.keys():
+        curves[name] = [(f"{name}_attempt{n}", color, f"attempt {n}") for n, color in ((1, blue), (2, orange))]
+    curves["truncated"] += [("unanswered_attempt1", blue, None), ("unanswered_attempt2", orange, None)]
+    figure, axes = plt.subplots(2, 4, figsize=(17, 6.5), layout="constrained")
     for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
-        for suffix, color in {"": "tab:green"}.items() if name == "reward_gap" else (("_attempt1", "tab:blue"),
-                                                                                   ("_attempt2", "tab:orange")):
-            values = np.array([e[name + suffix] for e in steps], dtype=float)
+        for key, color, label in curves[name]:
+            values = np.array([e.get(key) for e in steps], dtype=float)  # NaN: not there, as in older runs
             known = np.isfinite(values)
             if known.any():
                 counts = np.convolve(known, window)[: len(x)]
                 smooth = np.convolve(np.nan_to_num(values), window)[: len(x)] / np.maximum(counts, 1)
                 axis.plot(x, values, color=color, alpha=0.25, linewidth=0.8)
-                axis.plot(x, smooth, color=color, label=suffix.strip("_").replace("attempt", "attempt "))
-            if name == "acc":
-                held_out = np.array([e[name + suffix] for e in evals])
-                bounds = [e.get(f"{name}{suffix}_interval") or [e[name + suffix]] * 2 for e in evals]  # old runs
-                low, high = np.array(bounds).reshape(-1, 2).T
+                axis.plot(x, smooth, "--" if key.startswith("unanswered_attempt") else "-", color=color, label=label)
+            if name in ("acc", "corrections"):
+                held_out = np.array([e.get(key) for e in evals], dtype=float)
+                bounds = [e.get(f"{key}_interval") or [e.get(key)] * 2 for e in evals]  # accuracies have some
+                low, high = np.array(bounds, dtype=float).reshape(-1, 2).T
                 axis.errorbar([e["global_step"] for e in evals], held_out, (held_out - low, high - held_out), fmt="o",
                               color=color, mec="black", ecolor="black", elinewidth=0.8, capsize=3)
         boundary = max((e["global_step"] for e in steps if e["stage"] == 1), default=None)
@@ -2495,7 +2559,7 @@ def draw_curves(folder: Path) -> None:
         axis.axhline(0, color="black", linewidth=0.5)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("optimizer step")
-        if axis.get_legend_handles_labels()[1] and name != "reward_gap":
+        if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize=7)
     with writing(folder / "curves.png"):
         figure.savefig(folder / ".curves.png.tmp", dpi=110, format="png")
@@ -2762,6 +2826,8 @@ def train_stage(policy: Policy, examples: list[Example], stage: int, config: Con
         bar.set_postfix_str(now)
         if bar.disable:  # a log file: a line a step
             say(f"Stage {'I' * stage} step {step}/{len(batches)}: {now}")
+        if step == min(5, len(batches)):
+            warn_of_budgets(run, stage, len(rows))
         skipped_in_a_row = skipped_in_a_row + 1 if update["skipped"] else 0
         if skipped_in_a_row >= train.max_skipped_steps:
             raise RunError(f"loss or gradient was not finite in {skipped_in_a_row} steps in a row (stage {stage}, step "
@@ -2779,6 +2845,19 @@ def train_stage(policy: Policy, examples: list[Example], stage: int, config: Con
                 raise Interrupted
     card = model_card(config, run.evals(), folder)
     save_checkpoint(policy, folder, state | {"step": len(batches), "finished": True}, None, card)
+
+
+@on_main
+def warn_of_budgets(run: Run, stage: int, rows: int) -> None:
+    """Says in one line which budgets cut off more than 5% of the stage's attempts so far, `rows` a step."""
+    steps = [e for e in read_lines(run.folder / "metrics.jsonl") if e["event"] == "train" and e["stage"] == stage]
+    cut = {n: sum(e[f"truncated_attempt{n}"] for e in steps) / len(steps) for n in (1, 2)}
+    budgets = [f"train.max_new_tokens_attempt{n} = {getattr(run.config.train, f'max_new_tokens_attempt{n}')} cut off "
+               f"{share:.0%} of the first {rows * len(steps)} {('first', 'second')[n - 1]} attempts"
+               for n, share in cut.items() if share > 0.05]
+    if budgets:
+        say(f"Warning: {' and '.join(budgets)}; python profile_run.py --config {run.folder / 'config.yaml'} recommends "
+            "budgets.")
 
 
 def stage_batches(stage: int, examples: int, config: Config, runs: bool = True) -> list[list[int]]:

@@ -187,9 +187,9 @@ def test_an_evaluation_with_samples_reports_votes(scripted: Callable[..., Any]) 
     assert votes == {"vote_parallel_2": 0.5, "vote_parallel_4": 0.5, "vote_sequential_2": 1, "vote_sequential_4": 1}
     assert {temperature for *_, temperature in calls} == {0.0, 1.0}
     tables = train.results_table([event]).split("\n\n")
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables[1].splitlines()]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables[-1].splitlines()]
     assert cells[2:] == [["stage2", "2", "0.500", "1.000"], ["stage2", "4", "0.500", "1.000"]]
-    assert train.results_table([event | {"checkpoint": "pretrain"}, event]).count("stage2") == 3
+    assert train.results_table([event | {"checkpoint": "pretrain"}, event]).count("stage2") == 4
 
 
 def test_majority_by_hand() -> None:
@@ -235,14 +235,227 @@ def test_attempts_that_agree_have_no_uncertain_delta() -> None:
                                                 "delta_interval": [0, 0]}  # fmt: skip
 
 
-def test_curves_of_a_run_without_intervals_are_drawn(tmp_path: Path) -> None:
-    """As an older version left it: --resume must not fail on it."""
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_run_of_an_older_version_is_drawn_and_printed(
+    tmp_path: Path, make_config: Callable[..., Any], trained: bool
+) -> None:
+    """Without intervals, without the split: --resume must not fail on it."""
     evals = [{"event": "eval", "checkpoint": "pretrain", "n": 4, "global_step": 0, "acc_attempt1": 0.25,
               "acc_attempt2": 0.5, "delta": 0.25}]  # fmt: skip
-    write_jsonl(tmp_path / "metrics.jsonl", evals)
+    names = ("reward", "acc", "kl", "completion_tokens", "truncated")
+    steps = [{"event": "train", "stage": 1, "step": step, "global_step": step, "reward_gap": 0.1}
+             | {f"{name}_attempt{number}": 0.5 for name in names for number in (1, 2)} for step in (1, 2)]  # fmt: skip
+    write_jsonl(tmp_path / "metrics.jsonl", evals + steps * trained)
     train.draw_curves(tmp_path)
     assert matplotlib.image.imread(tmp_path / "curves.png").size
-    assert "| 0.250" in train.results_table(evals)
+    table = train.results_table(evals)
+    assert "| 0.250" in table
+    assert "unanswered" not in table
+    assert table in train.model_card(make_config(), evals, tmp_path / "stage1")
+    resumed = train.results_table([*evals, evals[0] | {"checkpoint": "stage1", "wrong_answered": 0.5}])
+    assert [line.split("|")[1].strip() for line in resumed.split("\n\n")[-1].splitlines()[2:]] == ["pretrain", "stage1"]
+
+
+# ------------------------------------------------------------------------------------------ what the corrections are
+
+PAIRS = {
+    # target, attempt 1, attempt 2: as `completed` reads them
+    "no pair, mended": ("7", "so 9", "<answer>7</answer>"),
+    "cut off, mended": ("7", "<think>2+...", "<answer>7</answer>"),
+    "cut off after a wrong answer, mended": ("7", "<answer>6</answer> or...", "<answer>7</answer>"),
+    "wrong, mended": ("7", "<answer>6</answer>", "<answer>7</answer>"),
+    "two pairs, mended": ("7", "<answer>7</answer><answer>8</answer>", "<answer>8</answer><answer>7</answer>"),
+    "an empty pair, a right box": ("7", "<answer></answer> \\boxed{7}", "<answer></answer> \\boxed{7}"),
+    "right, then no pair": ("7", "<answer>7</answer>", "it is 7"),
+    "right, then cut off": ("7", "<answer>7</answer>", "<answer>7..."),
+    "right, then wrong": ("7", "<answer>7</answer>", "<answer>8</answer>"),
+    "right twice": ("7", "<answer>7</answer>", "<think></think><answer>7.0</answer>"),
+    "wrong, the same": ("7", "<answer>6</answer>", "<answer>6</answer>"),
+    "wrong, the same in other words": ("7", "<answer>6</answer>", "<think>!</think><answer>$6.00</answer>"),
+    "wrong, another": ("7", "<answer>6</answer>", "<answer>8</answer>"),
+    "wrong, then no pair": ("7", "<answer>6</answer>", "hm"),
+    "no pair, then wrong": ("7", "hm", "<answer>6</answer>"),
+    "cut off twice": ("7", "hm...", "hm..."),
+}
+
+
+@pytest.fixture
+def evaluated(make_policy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict, list]]:
+    """evaluated(pairs, changes) -> event, sample rows of scripted pairs; a text that ends in "..." has no EOS."""
+
+    def evaluate(pairs: dict[str, tuple[str, str, str]], changes: dict[str, Any] | None = None) -> tuple[dict, list]:
+        policy, config = make_policy({"reward.answer_extractor": "gsm8k_hash"} | (changes or {}))
+        bare = config.reward.answer_extractor == "identity"
+        rows = [(name, f"#### {target}" if not bare else target) for name, (target, *_) in pairs.items()]
+        examples = train.encode_rows(rows, "test", config, policy.tokenizer)
+        attempts = iter(zip(*(texts for _, *texts in pairs.values()), strict=True))
+
+        def sample(*_: Any) -> tuple[list, None]:
+            texts = [text.removesuffix("...") if text.endswith("...") else text + IM_END for text in next(attempts)]
+            return policy.tokenizer(texts)["input_ids"], None
+
+        monkeypatch.setattr(train, "sample", sample)
+        return train.evaluate(policy, examples, config, "stage1")
+
+    room = {"train.max_prompt_length_attempt1": 96, "train.max_prompt_length_attempt2": 148, "eval.batch_size": 99}
+    return lambda pairs, changes=None: evaluate(pairs, room | (changes or {}))
+
+
+def test_the_split_by_hand(evaluated: Callable[..., Any]) -> None:
+    event, samples = evaluated(PAIRS)
+    counts = {
+        "acc_attempt1": 4,
+        "acc_attempt2": 6,
+        "unanswered_attempt1": 5,  # no pair twice, cut off twice, an empty pair
+        "unanswered_attempt2": 5,
+        "truncated_attempt1": 3,
+        "truncated_attempt2": 2,
+        "delta_i_to_c": 5,
+        "unanswered_to_correct": 2,
+        "wrong_to_correct": 3,
+        "delta_c_to_i": 3,
+        "correct_to_unanswered": 2,
+        "correct_to_wrong": 1,
+        "wrong_answered": 7,
+        "flexible_acc_attempt1": 5,  # and the box
+        "flexible_acc_attempt2": 9,  # and "it is 7", "<answer>7" and the box
+    }
+    assert {key: event[key] for key in counts} == pytest.approx({key: n / 16 for key, n in counts.items()})
+    assert event["wrong_mended"] == pytest.approx(3 / 7)
+    assert event["wrong_repeated"] == pytest.approx(2 / 7)
+    answers = {row["question"]: (row["answer_attempt1"], row["answer_attempt2"]) for row in samples}
+    assert answers["two pairs, mended"] == ("8", "7")
+    assert answers["cut off, mended"] == ("", "7")
+    assert answers["cut off after a wrong answer, mended"] == ("6", "7")
+    assert answers["an empty pair, a right box"] == ("", "")
+    main, _, split = train.results_table([event]).split("\n\n")
+    assert "wrong->c" not in main
+    head, _, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in split.splitlines())
+    assert dict(zip(head, row, strict=True)) == {
+        "checkpoint": "stage1", "flexible 1": "0.312", "flexible 2": "0.562", "unanswered 1": "0.312",
+        "unanswered 2": "0.312", "cut off 1": "0.188", "cut off 2": "0.125", "unanswered->c": "0.125",
+        "wrong->c": "0.188", "c->unanswered": "0.125", "c->wrong": "0.062", "wrong 1": "0.438", "mended": "0.429",
+        "repeated": "0.286",
+    }  # fmt: skip
+
+
+def test_without_a_wrong_first_attempt_nothing_is_mended_or_repeated(evaluated: Callable[..., Any]) -> None:
+    event, _ = evaluated({name: PAIRS[name] for name in ("right twice", "cut off twice", "no pair, mended")})
+    assert (event["wrong_answered"], event["wrong_mended"], event["wrong_repeated"]) == (0, None, None)
+    assert "| 0.000   |        |          |" in train.results_table([event])
+
+
+def test_a_text_that_was_cut_off_is_not_its_own_answer(evaluated: Callable[..., Any]) -> None:
+    """`identity` takes a whole text without a pair for the answer."""
+    pairs = {"a": ("7", "<think>5...", "<answer>7</answer>"), "b": ("7", "<answer>6</answer>...", "6"),
+             "c": ("7", "7...", "6...")}  # fmt: skip
+    event, samples = evaluated(pairs, {"reward.answer_extractor": "identity"})
+    assert [row["answer_attempt1"] for row in samples] == ["", "6", ""]
+    assert [row["answer_attempt2"] for row in samples] == ["7", "6", ""]
+    assert event["unanswered_to_correct"] == event["wrong_answered"] == event["correct_to_unanswered"] == 1 / 3
+    assert event["unanswered_attempt1"] == 1 / 3, "a right one is correct all the same"
+    assert event["wrong_repeated"] == 1
+
+
+KINDS_OF_PAIRS = {
+    "no pair, mended": "unanswered -> correct",
+    "wrong, mended": "wrong -> correct",
+    "right, then cut off": "correct -> unanswered",
+    "right, then wrong": "correct -> wrong",
+    "wrong, the same": "copied, wrong",
+    "wrong, the same in other words": "wrong, repeated",
+    "wrong, another": "wrong, another wrong answer",
+    "wrong, then no pair": "wrong -> unanswered",
+    "no pair, then wrong": "unanswered -> wrong",
+    "right twice": "still correct",
+    "cut off twice": "copied, unanswered",
+    "cut off, then no pair": "still unanswered",
+    "right, copied": "copied, correct",
+}
+MORE_PAIRS = {
+    "cut off, then no pair": ("7", "ha...", "hm"),
+    "right, copied": ("7", "<answer>7</answer>", "<answer>7</answer>"),
+}
+
+
+@pytest.mark.parametrize("version", ["new", "old", "old, its extractor is gone"])
+def test_samples_name_the_kind_of_each_pair(
+    evaluated: Callable[..., Any], show: Callable[..., Any], tmp_path: Path, version: str
+) -> None:
+    _, rows = evaluated({name: (PAIRS | MORE_PAIRS)[name] for name in KINDS_OF_PAIRS})
+    if version != "new":
+        rows = [{key: value for key, value in row.items() if not key.startswith("answer_")} for row in rows]
+        extractor = "gsm8k_hash" if version == "old" else "of_my_own"
+        (tmp_path / "config.yaml").write_text(f"reward:\n  answer_extractor: {extractor}\n")
+    write_jsonl(tmp_path / "samples.jsonl", rows)
+    code, text, errors = show("--samples", str(tmp_path))
+    assert (code, errors) == (0, "")
+    shown = dict(re.findall(r"=== ([^:]*): target .*\n(.*)", text))
+    counted = {kind: int(count) for count, kind in re.findall(r"^ +(\d+)  (.*)$", text.partition("\n===")[0], re.M)}
+    if version == "old, its extractor is gone":
+        assert counted == {"corrected (i->c)": 2, "broken (c->i)": 2, "changed, still wrong": 5,
+                           "changed, still right": 1, "copied": 3}  # fmt: skip
+    else:
+        assert shown == {kind: question for question, kind in KINDS_OF_PAIRS.items()}
+        assert counted == dict.fromkeys(KINDS_OF_PAIRS.values(), 1)
+
+
+# ----------------------------------------------------------------------------------------- a budget that cuts too much
+
+
+@pytest.fixture
+def warned(make_config: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """warned(shares cut off by step, ...) -> what is said after these steps of 64 attempts."""
+
+    def warn(*shares: tuple[float, float], stage: int = 1) -> str:
+        lines = [{"event": "train", "stage": stage, "step": i, "truncated_attempt1": a, "truncated_attempt2": b}
+                 for i, (a, b) in enumerate(shares, 1)]  # fmt: skip
+        other = {"event": "train", "stage": 3 - stage, "step": 1, "truncated_attempt1": 1, "truncated_attempt2": 1}
+        write_jsonl(tmp_path / "metrics.jsonl", [{"event": "eval", "checkpoint": "pretrain"}, other, *lines])
+        train.warn_of_budgets(train.Run(tmp_path, make_config(), ""), stage, 64)
+        return capsys.readouterr().out
+
+    return warn
+
+
+def test_a_budget_that_cuts_off_more_than_a_twentieth_is_said(warned: Callable[..., str], tmp_path: Path) -> None:
+    text = warned((0.5, 0.0), (0.25, 0.0), (0.15, 0.0), (0.15, 0.0), (0.1, 0.0))
+    assert text == ("Warning: train.max_new_tokens_attempt1 = 8 cut off 23% of the first 320 first attempts; python "
+                    f"profile_run.py --config {tmp_path}/config.yaml recommends budgets.\n")  # fmt: skip
+    text = warned((0.06, 0.5), stage=2)
+    assert text.count("\n") == 1
+    assert "attempt1 = 8 cut off 6% of the first 64 first attempts and " in text
+    assert "attempt2 = 12 cut off 50% of the first 64 second attempts;" in text
+    assert warned((0.05, 0.05), (0.05, 0.01)) == ""
+
+
+def test_a_run_says_once_a_stage_that_its_budgets_cut(
+    tiny_run: Callable[..., list[str]], tmp_path: Path  # noqa: F811
+) -> None:
+    """Also when it stops before the fifth step and is resumed."""
+    argv = tiny_run(tmp_path, "--set", "train.max_new_tokens_attempt1=2", "train.stage2_epochs=0.4")
+
+    def before() -> None:
+        no_curves()
+        log = train.Run.log
+
+        def log_and_stop(run: train.Run, event: dict, samples: list) -> None:
+            log(run, event, samples)
+            if event.get("step") == 3:
+                train.SIGNALS_SEEN.append(signal.SIGINT)
+
+        train.Run.log = log_and_stop
+
+    assert fork_run(argv, tmp_path / "log", before) == 130, output(tmp_path / "log")
+    assert "cut off" not in output(tmp_path / "log", "out")
+    assert fork_run([*argv, "--resume"], tmp_path / "log", no_curves) == 0, output(tmp_path / "log")
+    lines = output(tmp_path / "log", "out").splitlines()
+    warning = "Warning: train.max_new_tokens_attempt1 = 2 cut off "
+    said = [number for number, line in enumerate(lines) if line.startswith(warning)]
+    assert [lines[number - 1].partition(":")[0] for number in said] == ["Stage I step 5/6", "Stage II step 2/2"]
+    events = [e for e in read_jsonl(tmp_path / "run" / "metrics.jsonl") if e.get("stage") == 1][:5]
+    share = sum(e["truncated_attempt1"] for e in events) / 5
+    assert f"cut off {share:.0%} of the first 20 first attempts" in lines[said[0]]
 
 
 # -------------------------------------------------------------------------------------------------- cards of adapters
@@ -828,9 +1041,10 @@ def show(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 def test_samples_are_counted_by_kind(samples_run: Path, show: Callable[..., Any]) -> None:
     code, text, errors = show("--samples", str(samples_run))
     assert (code, errors) == (0, "")
-    head, gain, *_ = text.splitlines()
-    assert head == (f"{samples_run}, stage1: 8 rows; 3 corrected (i->c), 1 broken (c->i), 1 changed, still wrong, "
-                    "1 changed, still right, 2 copied")  # fmt: skip
+    head, *counts, gain = text.splitlines()[:7]
+    assert head == f"{samples_run}, stage1: 8 rows"
+    kinds = ["3 corrected (i->c)", "1 broken (c->i)", "1 changed, still wrong", "1 changed, still right", "2 copied"]
+    assert [" ".join(line.split()) for line in counts] == kinds
     change = np.array([1, 0, -1, 0, 0, 0, 0, 1])  # correct in attempt 2 here - in attempt 1 before training
     assert gain.startswith("attempt 2 here minus attempt 1 before training: ")
     mean, low, high = map(float, re.findall(r"[-+]\d\.\d{3}", gain))
@@ -847,7 +1061,8 @@ def test_samples_are_counted_by_kind(samples_run: Path, show: Callable[..., Any]
     assert text.count("=== corrected") == 1
     code, text, _ = show("--samples", str(samples_run), "--checkpoint", "pretrain")
     assert code == 0
-    assert "pretrain: 8 rows; 0 corrected (i->c), 4 broken (c->i), 3 changed, still wrong, " in text
+    counts = "pretrain: 8 rows\n 0 corrected (i->c)\n 4 broken (c->i)\n 3 changed, still wrong\n "
+    assert counts in re.sub(" +", " ", text)
     assert "before training" not in text
 
 
@@ -887,9 +1102,10 @@ def test_samples_that_are_not_there_are_one_line(
 def test_samples_of_a_real_run_are_shown(finished: SimpleNamespace, show: Callable[..., Any]) -> None:
     code, text, _ = show("--samples", str(finished.folder))
     assert code == 0
-    assert text.startswith(f"{finished.folder}, stage2: 6 rows; ")
-    counts = [int(number) for number in re.findall(r"(\d+) (?:corrected|broken|changed|copied)", text.splitlines()[0])]
-    assert sum(counts) == 6
+    assert text.startswith(f"{finished.folder}, stage2: 6 rows\n")
+    counts = re.findall(r"^ +(\d+)  (.*)$", text.partition("\nattempt 2")[0], re.M)
+    assert [kind for _, kind in counts] == list(profile_run.KINDS)
+    assert sum(int(count) for count, _ in counts) == 6
 
 
 # ------------------------------------------------------------------------------------------------ rewards of one's own

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -426,6 +427,113 @@ def test_nothing_matches_nothing(text):
 def test_matching_returns_a_bool_for_any_texts(a, b):
     assert answers_match(a, b) in (True, False)
     assert answers_match(a, a) in (True, False)
+
+
+# ---- diagnosis -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think>2</think><answer>42</answer> or 5", "42"),
+        ("<answer>1</answer> no: <answer>42</answer>", "42"),
+        ("<answer>42 apples</answer>", "42"),
+        ("<answer>$\\boxed{x+1}$</answer>", "x+1"),
+        ("<answer></answer> so it is 7", "7"),
+        ("<answer></answer> \\boxed{7}", "7"),
+        ("<answer>42", "42"),
+        ("\\boxed{7}. The answer is 8", "7"),
+        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("\\boxed{42 \\text{ apples}}", "42"),
+        ("\\boxed{\\text{Evelyn}}", "Evelyn"),
+        ("\\boxed{} 5", "5"),
+        ("The answer is 42. It took 3 steps.", "42"),
+        ("The answer is 41. No, the answer is 42", "42"),
+        ("THE ANSWER IS: **42**\nin 3 steps", "42"),
+        ("**Answer:** 42", "42"),
+        ("The answer is $18 per day, not 3", "18"),
+        ("the answer is $\\frac{1}{2}$ of a pie", "\\frac{1}{2}"),
+        ("the answer is \\(x+1\\) cm", "x+1"),
+        ("The answer is x^2 + 1.\nOr 3", "x^2 + 1"),
+        ("The answer is 2\\pi", "2\\pi"),
+        ("The answer is 3.5.", "3.5"),
+        ("the answer is Evelyn.", "Evelyn"),
+        ("<think>the answer is x+1</think>", "x+1"),
+        ("1 + 2 = 3, so the answer is", "3"),
+        ("3 and 4\n#### 1,234", "1,234"),
+        ("#### 5\n#### 6\n7", "6"),
+        ("He pays $1,234.50.", "1234.50"),
+        ("50-8=42 is it", "42"),
+        ("from 3 to -4", "-4"),
+        ("half of it is 2 1/2", "2 1/2"),
+        ("no idea", ""),
+        ("", ""),
+    ],
+)
+def test_a_lenient_reader(text, answer):
+    assert R.flexible_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "extract", "strict", "flexible"),
+    [
+        ("<answer>42</answer>", "#### 42", GSM8K, True, True),
+        ("\\boxed{42}", "#### 42", GSM8K, False, True),
+        ("The answer is 42.00 dollars", "so\n#### 42", GSM8K, False, True),
+        ("<answer>41</answer> or 42", "#### 42", GSM8K, False, False),
+        ("the answer is $\\frac12$", "it is $\\boxed{0.5}$", MATH, False, True),
+        ("<think>9</think> 9", "9", IDENTITY, False, True),
+        ("<answer>9 8</answer>", "9 8", IDENTITY, True, True),
+        ("nothing", "nothing", GSM8K, False, False),
+        ("", "", IDENTITY, False, False),
+    ],
+)
+def test_correct_in_any_format(text, target, extract, strict, flexible):
+    assert (is_correct(text, target, extract), R.is_flexibly_correct(text, target, extract)) == (strict, flexible)
+
+
+def test_a_lenient_reader_is_never_a_reward():
+    lenient = (R.flexible_answer, R.is_flexibly_correct)
+    assert not [fn for fn in [*ANSWER_EXTRACTORS.values(), *REWARD_FNS.values()] if fn in lenient]
+    assert not [name for name in [*ANSWER_EXTRACTORS, *REWARD_FNS] if "flexible" in name]
+    text = "<think>6*7</think> The answer is \\boxed{42}"
+    for name in REWARD_FNS:
+        (paid,) = score(name, [text], ["#### 42"], GSM8K)
+        assert paid == score(name, [text.replace("42", "41")], ["#### 42"], GSM8K)[0]
+
+
+MARKS = st.sampled_from(["the answer is ", "Answer:", "#### ", "answer is $", "#### \\("])
+
+
+@given(text=TEXTS | st.tuples(TEXTS, MARKS, TEXTS).map("".join))
+@settings(NO_MATHS)
+def test_a_lenient_reader_takes_any_text(text):
+    answer = R.flexible_answer(text)
+    assert isinstance(answer, str) and answer == answer.strip()
+    assert len(answer) <= len(text) + 10
+    given_up = [R.given_answer(text, cut, extract) for cut in (False, True) for extract in ANSWER_EXTRACTORS.values()]
+    assert all(answer == answer.strip() for answer in given_up)
+
+
+@given(text=TEXTS, target=st.sampled_from(["#### 42", "42", "\\boxed{x}"]))
+@settings(NO_MATHS, max_examples=100)
+def test_whatever_is_correct_is_so_in_any_format_and_answered(text, target):
+    for extract in ANSWER_EXTRACTORS.values():
+        right = is_correct(text, target, extract)
+        assert R.is_flexibly_correct(text, target, extract) >= right
+        assert not right or R.given_answer(text, False, extract)
+        assert R.outcome(right, R.given_answer(text, False, extract)) in ("correct", "wrong", "unanswered")
+
+
+LONG_MARKS = ["answer is " * 10_000, ("answer is" + " " * 1_000) * 100, "####" + "\\(\\" * 30_000, ".a" * 50_000]
+
+
+@pytest.mark.parametrize("text", [*LONG.values(), *LONG_MARKS, "<" * 100_000])
+def test_a_lenient_reader_of_long_texts_finishes(text):
+    start = time.process_time()
+    for wrapped in (text, f"<answer>{text}</answer>", f"\\boxed{{{text}}}", f"#### {text}", f"answer is ${text}"):
+        assert isinstance(R.flexible_answer(wrapped), str)
+    assert time.process_time() - start < 5
 
 
 # ---- rewards ---------------------------------------------------------------------------------------------------------

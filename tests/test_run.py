@@ -26,6 +26,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 
+SPLIT_KEYS = {
+    *(f"{name}_attempt{number}" for name in ("flexible_acc", "unanswered") for number in (1, 2)),
+    *(f"{a}_to_{b}" for a, b in (("unanswered", "correct"), ("wrong", "correct"))),
+    *(f"{b}_to_{a}" for a, b in (("unanswered", "correct"), ("wrong", "correct"))),
+    *(f"wrong_{what}" for what in ("answered", "mended", "repeated")),
+}
 TRAIN_KEYS = {
     "event",
     "stage",
@@ -43,6 +49,7 @@ TRAIN_KEYS = {
     "completion_tokens_attempt2",
     "truncated_attempt1",
     "truncated_attempt2",
+    *SPLIT_KEYS,
     "seconds_rollout",
     "seconds_update",
     "tokens_per_second",
@@ -57,6 +64,7 @@ EVAL_KEYS = {
     "delta",
     "delta_i_to_c",
     "delta_c_to_i",
+    *SPLIT_KEYS,
     "reward_attempt1",
     "reward_attempt2",
     "edit_distance_ratio",
@@ -237,6 +245,11 @@ def test_metrics_of_a_full_run(full_run: SimpleNamespace) -> None:
     assert steps[-1]["kl_attempt1"] > 0
     assert {line["reward_attempt2"] for line in steps} != {0.0}, "a run without rewards shows nothing"
     for line in lines:
+        assert line["delta_i_to_c"] == pytest.approx(line["unanswered_to_correct"] + line["wrong_to_correct"])
+        assert line["delta_c_to_i"] == pytest.approx(line["correct_to_unanswered"] + line["correct_to_wrong"])
+        for n in (1, 2):
+            assert line[f"flexible_acc_attempt{n}"] >= line[f"acc_attempt{n}"]
+        assert line["acc_attempt1"] + line["wrong_answered"] + line["unanswered_attempt1"] == pytest.approx(1)
         if line["event"] == "eval":
             assert set(line) >= EVAL_KEYS
             assert line["n"] == 6
@@ -255,7 +268,10 @@ def test_results_of_a_full_run(full_run: SimpleNamespace, config_file: Path) -> 
     )
     table = (folder / "results.md").read_text().strip()
     assert table in full_run.stdout, "the table is printed at the end"
-    assert [row.split("|")[1].strip() for row in table.splitlines()[2:]] == ["pretrain", "stage1", "stage2"]
+    main, title, split = table.split("\n\n")
+    assert title.startswith("Corrections")
+    for part in (main, split):
+        assert [row.split("|")[1].strip() for row in part.splitlines()[2:]] == ["pretrain", "stage1", "stage2"]
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     expected = train.read_config(
         str(config_file), [f"prompts.self_correction={SELF_CORRECTION}", f"output.dir={full_run.out}"]
@@ -273,6 +289,7 @@ def test_samples_of_a_full_run(full_run: SimpleNamespace) -> None:
         assert {"question", "target", "text_attempt1", "text_attempt2", "reward_attempt1", "reward_attempt2"} <= set(
             sample
         )
+        assert {"answer_attempt1", "answer_attempt2"} <= set(sample)
 
 
 def test_test_rows_are_never_trained_on(full_run: SimpleNamespace, data_dir: Path) -> None:
