@@ -163,9 +163,9 @@ KINDS_WITHOUT_ANSWERS = ("corrected (i->c)", "broken (c->i)", "changed, still wr
 
 def kind_of(row: dict) -> str:
     """What became of a pair, one of `KINDS`; "copied" is word for word, "repeated" the same answer in other words."""
-    from reward_function import answers_match, outcome
+    from reward_function import answers_match, outcomes
 
-    before, after = (outcome(row[f"correct_attempt{n}"], row[f"answer_attempt{n}"]) for n in (1, 2))
+    before, after = outcomes(*([row[f"{key}_attempt{n}"] for n in (1, 2)] for key in ("correct", "answer")))
     if before != after:
         return f"{before} -> {after}"
     if row["text_attempt1"] == row["text_attempt2"]:

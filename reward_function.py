@@ -278,11 +278,6 @@ def given_answer(text: str, cut_off: bool, extract: Extractor) -> str:
     return "" if cut_off and answer == text.strip() else answer
 
 
-def outcome(correct: bool, answer: str) -> str:
-    """What became of an attempt: "correct", "wrong", or "unanswered" where it has no answer that can be extracted."""
-    return "correct" if correct else "wrong" if answer else "unanswered"
-
-
 def flexible_answer(text: str) -> str:
     r"""What a lenient reader takes for the answer, else "". For diagnosis: it tells a bad format from bad reasoning.
 
@@ -318,6 +313,46 @@ def is_flexibly_correct(prediction: str, target: str, extract: Extractor) -> boo
     """Does the output hold the right answer, whatever its format? Whatever `is_correct` accepts, and more."""
     reference = _extract(extract, target)
     return is_correct(prediction, target, extract) or answers_match(flexible_answer(prediction), reference)
+
+
+def diagnose(
+    texts: list[str], targets: list[str], cut_off: list[bool], extract: Extractor
+) -> tuple[list[str], list[bool]]:
+    """The answers given, and which outputs are right in any format."""
+    answers = [given_answer(text, cut, extract) for text, cut in zip(texts, cut_off, strict=True)]
+    return answers, [is_flexibly_correct(text, target, extract) for text, target in zip(texts, targets, strict=True)]
+
+
+def outcomes(correct: list[bool], answers: list[str]) -> list[str]:
+    """What became of each attempt: "correct", "wrong", or "unanswered" where no answer can be extracted."""
+    pairs = zip(correct, answers, strict=True)
+    return ["correct" if right else "wrong" if answer else "unanswered" for right, answer in pairs]
+
+
+def correction_split(
+    correct1: list[bool], answers1: list[str], correct2: list[bool], answers2: list[str]
+) -> dict[str, float | None]:
+    """What the corrections are, from which rows are correct and the answers given, in attempt 1 and in attempt 2.
+
+    delta = Acc@t2 - Acc@t1 = i->c - c->i. i->c is `unanswered_to_correct`, where format was mended, plus
+    `wrong_to_correct`, where an answer was; c->i likewise. All are shares of the rows. Unanswered is an attempt without
+    an answer that can be extracted, cut off by the budget or not; one that was cut off after a wrong answer is wrong.
+    Of the wrong first attempts (`wrong_answered`) `wrong_mended` is the share whose second is correct and
+    `wrong_repeated` the share whose second gives the same answer again; None if there are none.
+    """
+    pairs = list(zip(outcomes(correct1, answers1), outcomes(correct2, answers2), strict=True))
+    wrong = [row for row, (before, _) in enumerate(pairs) if before == "wrong"]
+    repeated = [pairs[row][1] == "wrong" and answers_match(answers1[row], answers2[row]) for row in wrong]
+    changes = [("unanswered", "correct"), ("wrong", "correct"), ("correct", "unanswered"), ("correct", "wrong")]
+    return {
+        "delta": (sum(correct2) - sum(correct1)) / len(pairs),
+        "delta_i_to_c": sum(b and not a for a, b in zip(correct1, correct2, strict=True)) / len(pairs),
+        "delta_c_to_i": sum(a and not b for a, b in zip(correct1, correct2, strict=True)) / len(pairs),
+        **{f"{before}_to_{after}": pairs.count((before, after)) / len(pairs) for before, after in changes},
+        "wrong_answered": len(wrong) / len(pairs),
+        "wrong_mended": pairs.count(("wrong", "correct")) / len(wrong) if wrong else None,
+        "wrong_repeated": sum(repeated) / len(wrong) if wrong else None,
+    }
 
 
 # ---- rewards ---------------------------------------------------------------------------------------------------------

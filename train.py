@@ -71,12 +71,11 @@ from reward_function import (
     ANSWER_EXTRACTORS,
     REWARD_FNS,
     RewardError,
-    answers_match,
-    given_answer,
+    correction_split,
+    diagnose,
     is_correct,
-    is_flexibly_correct,
     majority,
-    outcome,
+    outcomes,
     score,
 )
 
@@ -1701,8 +1700,7 @@ def make_attempt(policy: Policy, prompts: list[list[int]], examples: list[Exampl
     targets, extract = [example.target for example in examples], ANSWER_EXTRACTORS[config.reward.answer_extractor]
     rewards, correct = grade(texts, targets, config.reward)
     truncated = [len(written) == len(completion) for written, completion in zip(without_end, completions, strict=True)]
-    answers = [given_answer(text, cut, extract) for text, cut in zip(texts, truncated, strict=True)]
-    flexible = [is_flexibly_correct(text, target, extract) for text, target in zip(texts, targets, strict=True)]
+    answers, flexible = diagnose(texts, targets, truncated, extract)
     return Attempt(prompts, completions, texts, answers, rewards, correct, flexible, truncated, log_probs, seconds)
 
 
@@ -2047,8 +2045,8 @@ def evaluate(policy: Policy, examples: list[Example], config: Config, checkpoint
     """The paper's metrics on `examples`, greedily unless eval.generation_temperature says otherwise.
 
     Returns the eval event and one sample row an example. "acc" is the share of correct answers, not a mean reward.
-    With eval.attempts above 2 also the accuracy of the later attempts, with
-    eval.samples above 1 also that of majority votes."""
+    With eval.attempts above 2 also the accuracy of the later attempts, with eval.samples above 1 also that of majority
+    votes."""
     size, temperature = config.eval.batch_size, config.eval.generation_temperature
     start, batches = time.perf_counter(), []
     for i in progress(range(0, len(examples), size), f"evaluate {checkpoint}"):
@@ -2072,35 +2070,10 @@ def attempt_means(attempts: list[Attempt]) -> dict[str, float]:
     rows unanswered; and `correction_split` of the first two attempts."""
     means = {f"{name}_attempt{number}": sum(values) / len(values) for number, a in enumerate(attempts, 1)
              for name, values in (("reward", a.rewards), ("acc", a.correct), ("flexible_acc", a.flexible),
-                                  ("unanswered", [kind == "unanswered" for kind in outcomes(a)]),
+                                  ("unanswered", [kind == "unanswered" for kind in outcomes(a.correct, a.answers)]),
                                   ("truncated", a.truncated), ("completion_tokens", [*map(len, a.completions)]))}
-    return means | correction_split(*attempts[:2])
-
-
-def outcomes(attempt: Attempt) -> list[str]:
-    return [outcome(correct, answer) for correct, answer in zip(attempt.correct, attempt.answers, strict=True)]
-
-
-def correction_split(first: Attempt, second: Attempt) -> dict[str, float | None]:
-    """What the corrections are. delta = Acc@t2 - Acc@t1 = i->c - c->i, and i->c and c->i each as the sum of a part from
-    or to "unanswered" (format) and one from or to "wrong" (reasoning); all are shares of the rows.
-
-    Unanswered is an attempt without an answer that can be extracted, be it cut off by the budget or not; one that was
-    cut off after a wrong answer is wrong. Of the wrong first attempts, `wrong_answered`, the shares `wrong_mended`, the
-    second being correct, and `wrong_repeated`, the second giving the same answer; None if there are none."""
-    n, pairs = len(first.correct), list(zip(outcomes(first), outcomes(second), strict=True))
-    wrong = [row for row, (before, _) in enumerate(pairs) if before == "wrong"]
-    repeated = [pairs[row][1] == "wrong" and answers_match(first.answers[row], second.answers[row]) for row in wrong]
-    changes = [("unanswered", "correct"), ("wrong", "correct"), ("correct", "unanswered"), ("correct", "wrong")]
-    return {
-        "delta": (sum(second.correct) - sum(first.correct)) / n,
-        "delta_i_to_c": sum(b and not a for a, b in zip(first.correct, second.correct, strict=True)) / n,
-        "delta_c_to_i": sum(a and not b for a, b in zip(first.correct, second.correct, strict=True)) / n,
-    } | {f"{before}_to_{after}": pairs.count((before, after)) / n for before, after in changes} | {
-        "wrong_answered": len(wrong) / n,
-        "wrong_mended": pairs.count(("wrong", "correct")) / len(wrong) if wrong else None,
-        "wrong_repeated": sum(repeated) / len(wrong) if wrong else None,
-    }
+    first, second = attempts[:2]
+    return means | correction_split(first.correct, first.answers, second.correct, second.answers)
 
 
 def intervals(correct: np.ndarray) -> dict[str, list[float]]:
@@ -2504,8 +2477,7 @@ def rewind(folder: Path, stage: int, step: int) -> None:
 
 @on_main
 def draw_curves(folder: Path) -> None:
-    """curves.png: rewards, accuracy, gap, KL, lengths, failures and corrections by step (faint: each step), stages
-    marked."""
+    """curves.png: rewards, accuracy, KL, lengths and corrections by step (faint: each step), stages marked."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -2856,8 +2828,8 @@ def warn_of_budgets(run: Run, stage: int, rows: int) -> None:
                f"{share:.0%} of the first {rows * len(steps)} {('first', 'second')[n - 1]} attempts"
                for n, share in cut.items() if share > 0.05]
     if budgets:
-        say(f"Warning: {' and '.join(budgets)}; python profile_run.py --config {run.folder / 'config.yaml'} recommends "
-            "budgets.")
+        config = shlex.quote(str(run.folder / "config.yaml"))
+        say(f"Warning: {' and '.join(budgets)}; python profile_run.py --config {config} recommends budgets.")
 
 
 def stage_batches(stage: int, examples: int, config: Config, runs: bool = True) -> list[list[int]]:
