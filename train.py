@@ -166,8 +166,14 @@ class DatasetConfig(Section):
     test_split_size: int | None = Field(None, ge=1)
 
 
+class WorkedExample(Section):
+    input: str = Field(min_length=1)
+    output: str = Field(min_length=1)
+
+
 class PromptsConfig(Section):
     system: str = ""
+    examples: list[WorkedExample] = []
     self_correction: str = Field(
         "There might be an error in the solution above because of lack of understanding of the question. Please "
         "correct the error, if any, and rewrite the solution.",
@@ -943,15 +949,30 @@ def encode_rows(rows: list[tuple[str, str]], split: str, config: Config, tokeniz
 
 
 def chat_text(tokenizer: Any, config: Config, turns: list[dict[str, str]]) -> str:
-    """The chat template's text of system prompt + `turns`, open for the assistant to write. Raises UserError."""
-    system = [{"role": "system", "content": config.prompts.system}] if config.prompts.system else []
+    """The chat template's text of system prompt, worked examples (earlier turns) and `turns`, open for the assistant to
+    write. Raises UserError.
+
+    A marker holds each example's place in the template, which may cut the reasoning out of earlier turns."""
+    prompts, markers = config.prompts, {}
+    system = [{"role": "system", "content": prompts.system}] if prompts.system else []
+    shown = []
+    for number, example in enumerate(prompts.examples, 1):
+        marker = f"EXAMPLE{number}STANDSHERE"
+        markers[marker] = example.output
+        shown += [{"role": "user", "content": example.input}, {"role": "assistant", "content": marker}]
     try:
-        return tokenizer.apply_chat_template(
-            system + turns, tokenize=False, add_generation_prompt=True, **config.model.chat_template_kwargs
+        text = tokenizer.apply_chat_template(
+            system + shown + turns, tokenize=False, add_generation_prompt=True, **config.model.chat_template_kwargs
         )
     except Exception as error:  # templates raise what they like
         key = "prompts.system" if system and "system" in str(error).lower() else "model.chat_template"
         raise UserError(f"{key}: the chat template of {config.model.name} refuses it: {first_line(error)}") from None
+    for marker, output in markers.items():
+        if text.count(marker) != 1:
+            raise UserError("prompts.examples: the chat template does not render earlier assistant turns exactly once; "
+                            "write the examples into prompts.system")
+        text = text.replace(marker, output)
+    return text
 
 
 def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
