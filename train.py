@@ -35,6 +35,7 @@ import argparse
 import copy
 import difflib
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -66,7 +67,17 @@ from urllib.parse import urlparse
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from reward_function import ANSWER_EXTRACTORS, REWARD_FNS, RewardError, is_correct, majority, score
+from reward_function import (
+    ANSWER_EXTRACTORS,
+    REWARD_FNS,
+    RewardError,
+    is_correct,
+    majority,
+    missing_arguments,
+    score,
+    score_by_name,
+    weighted_sum,
+)
 
 
 class UserError(Exception):
@@ -166,8 +177,20 @@ class PromptsConfig(Section):
 
 class RewardConfig(Section):
     module: str | None = None  # first: it registers what the others name
-    fn: str = "format_and_match"
+    fn: str | list[str] = "format_and_match"
+    weights: list[Real] | None = None
+    columns: dict[str, str] = {}
+    completions: Literal["conversational", "text"] = "conversational"
     answer_extractor: str = "identity"
+
+    @property
+    def names(self) -> list[str]:
+        return [self.fn] if isinstance(self.fn, str) else self.fn
+
+    @property
+    def unregistered(self) -> list[str]:
+        """The functions in TRL's form."""
+        return [name for name in self.names if name not in REWARD_FNS]
 
     @field_validator("module")
     @classmethod
@@ -176,21 +199,73 @@ class RewardConfig(Section):
             load_reward_module(Path(file))
         return file
 
-    @field_validator("fn", "answer_extractor")
+    @field_validator("fn", mode="before")
+    @classmethod
+    def can_be_found(cls, fn: Any, field: Any) -> Any:
+        names = fn if isinstance(fn, list) else [fn]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("must be the name of a reward function, or a list of names")
+        for name in names if "module" in field.data else ():  # else the module's fault says enough
+            if fault := reward_fault(name, field.data["module"]):
+                raise ValueError(f"{name!r} {fault}" if names is fn else fault)
+        return fn
+
+    @field_validator("weights")
+    @classmethod
+    def are_one_each(cls, weights: list[float] | None, field: Any) -> list[float] | None:
+        fn = field.data.get("fn")  # missing if it is at fault itself
+        count = len(fn) if isinstance(fn, list) else 1
+        if fn and weights is not None and len(weights) != count:
+            raise ValueError(f"must be as many as the functions in reward.fn: {count}, not {len(weights)}")
+        return weights
+
+    @field_validator("answer_extractor")
     @classmethod
     def is_registered(cls, name: str, field: Any) -> str:
-        known = REWARD_FNS if field.field_name == "fn" else ANSWER_EXTRACTORS
-        if name not in known and "module" in field.data:  # else the module's fault says enough
-            mend = did_you_mean(name, known) or "; one of your own comes from a file that reward.module names"
-            raise ValueError(f"is not registered; registered are {', '.join(sorted(known))}{mend}")
+        if name not in ANSWER_EXTRACTORS and "module" in field.data:
+            raise ValueError(not_registered(name, ANSWER_EXTRACTORS))
         return name
 
 
-def load_reward_module(file: Path) -> None:
-    """Runs a Python file that registers rewards and extractors, once. Raises ValueError with a one-line reason."""
+def not_registered(name: str, known: dict[str, Callable]) -> str:
+    mend = did_you_mean(name, known) or "; one of your own comes from a file that reward.module names"
+    return f"is not registered; registered are {', '.join(sorted(known))}{mend}"
+
+
+def reward_fault(name: str, module: str | None) -> str | None:
+    """Why `name` can be no reward function, so far as it shows without importing a package, which would cost seconds
+    and has to wait for Unsloth's import."""
+    own = vars(load_reward_module(Path(module))) if module else {}
+    if name in REWARD_FNS or callable(own.get(name)):
+        return None
+    if name in own:
+        return f"is no function in {module}"
+    package, dot, _ = name.partition(".")
+    if not dot or not all(part.isidentifier() for part in name.split(".")):
+        return not_registered(name, REWARD_FNS)
+    if importlib.util.find_spec(package):
+        return None
+    return f"cannot be imported: there is no package {package}; a function in a file of your own: reward.module"
+
+
+def find_reward(name: str, module: str | None) -> Callable:
+    """The function in TRL's form that is called `name` in reward.module, or has it as import path. Raises UserError."""
+    package, _, attribute = name.rpartition(".")
+    try:
+        fn = getattr(importlib.import_module(package) if package else load_reward_module(Path(module)), attribute)
+    except Exception as error:  # whatever the package raises
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"reward.fn: {name} cannot be imported: {reason}") from None
+    if not callable(fn):
+        raise UserError(f"reward.fn: {name} is no function")
+    return fn
+
+
+def load_reward_module(file: Path) -> Any:
+    """The module of a Python file of rewards and extractors, run once. Raises ValueError with a one-line reason."""
     name = "rewards_of_" + re.sub(r"\W", "_", str(file.resolve()))
     if name in sys.modules:
-        return
+        return sys.modules[name]
     if file.suffix != ".py" or not file.is_file():
         raise ValueError("must be a .py file that exists")
     spec = importlib.util.spec_from_file_location(name, file)
@@ -200,6 +275,7 @@ def load_reward_module(file: Path) -> None:
     except Exception as error:  # whatever the user's file raises
         del sys.modules[name]
         raise ValueError(f"cannot be run: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+    return module
 
 
 class TrainConfig(Section):
@@ -777,11 +853,12 @@ def first_line(error: BaseException) -> str:
 
 @dataclass
 class Example:
-    """One problem: its text, its reference answer, and the token ids of the attempt-1 prompt."""
+    """One problem: its text, its reference answer ("": none is known), and the token ids of the attempt-1 prompt."""
 
     question: str
     target: str
     prompt: list[int]
+    columns: dict[str, Any] = field(default_factory=dict)  # what rewards in TRL's form get by name
 
 
 def fingerprint(examples: list[Example]) -> str:
@@ -808,7 +885,7 @@ def load_examples(config: Config, tokenizer: Any) -> tuple[list[Example], list[E
                                 "Set dataset.split to one of them and dataset.test_split_size to hold rows out")
         train, test = splits["train"], splits["test"]
     train, test = read_rows(train, "train", config), read_rows(test, "test", config)
-    seen = {question for question, _ in test}
+    seen = {row[0] for row in test}
     kept, test = [row for row in train if row[0] not in seen], test[: wanted.test_split_size]
     if len(kept) < len(train):
         say(f"Warning: {len(train) - len(kept)} train rows are also test rows; they are not trained on.")
@@ -850,8 +927,8 @@ def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 
 
-def read_rows(rows: Any, split: str, config: Config) -> list[tuple[str, str]]:
-    """(question, target) of each row. Raises UserError that names the column or the row."""
+def read_rows(rows: Any, split: str, config: Config) -> list[tuple[str, str, dict[str, Any]]]:
+    """(question, target, columns for rewards) of each row. Raises UserError that names the column or the row."""
     wanted, extract = config.dataset, ANSWER_EXTRACTORS[config.reward.answer_extractor]
     for key in ("input_field", "target_field"):
         column = getattr(wanted, key)
@@ -875,15 +952,37 @@ def read_rows(rows: Any, split: str, config: Config) -> list[tuple[str, str]]:
         pairs.append((question, target))
     if not pairs:
         raise UserError(f"dataset.name: {wanted.name} has no {split} rows")
-    return pairs
+    columns = reward_columns(rows, [target for _, target in pairs], split, config)
+    return [(*pair, named) for pair, named in zip(pairs, columns, strict=True)]
 
 
-def encode_rows(rows: list[tuple[str, str]], split: str, config: Config, tokenizer: Any) -> list[Example]:
+def reward_columns(rows: Any, targets: list[str], split: str, config: Config) -> list[dict[str, Any]]:
+    """What rewards in TRL's form get of each row by name: its columns, `target_answer`, and either of them by another
+    name as reward.columns says; nothing where there is no such reward. Raises UserError."""
+    reward, known = config.reward, [*rows.column_names, "target_answer"]
+    if not reward.unregistered:
+        return [{}] * len(rows)
+    for argument, column in reward.columns.items():
+        if column not in known:
+            raise UserError(f"reward.columns.{argument}: no column {column!r} in {config.dataset.name} ({split}); it "
+                            f"has {', '.join(known)}{did_you_mean(column, known)}")
+    given = [*known, *reward.columns, "prompts", "completions", "completion_ids"]
+    for name in reward.unregistered:
+        if missing := missing_arguments(find_reward(name, reward.module), given):
+            raise UserError(f"reward.fn: {name} asks for {', '.join(missing)}, and is given {', '.join(given)}; say "
+                            f"which of them it is, as in reward.columns.{missing[0]}=target_answer")
+    extract = ANSWER_EXTRACTORS[reward.answer_extractor]
+    named = ({"target_answer": extract(target)} | row for target, row in zip(targets, rows, strict=True))
+    return [row | {argument: row[column] for argument, column in reward.columns.items()} for row in named]
+
+
+def encode_rows(rows: list[tuple], split: str, config: Config, tokenizer: Any) -> list[Example]:
     """Builds the attempt-1 prompts; a prompt over budget is dropped with a count, never cut."""
     limit = config.train.max_prompt_length_attempt1
-    texts = [chat_text(tokenizer, config, [{"role": "user", "content": question}]) for question, _ in rows]
+    texts = [chat_text(tokenizer, config, [{"role": "user", "content": question}]) for question, *_ in rows]
     prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    examples = [Example(*row, prompt) for row, prompt in zip(rows, prompts, strict=True) if len(prompt) <= limit]
+    examples = [Example(question, target, prompt, *columns)
+                for (question, target, *columns), prompt in zip(rows, prompts, strict=True) if len(prompt) <= limit]
     if not examples:
         raise UserError(f"train.max_prompt_length_attempt1: all {len(rows)} {split} prompts are longer than {limit} "
                         f"tokens; the shortest has {min(map(len, prompts))}")
@@ -1630,15 +1729,15 @@ def roll_out(policy: Policy, examples: list[Example], config: Config, temperatur
         if made:
             prompts = [prompt + without_eos(completion, policy) + policy.bridge
                        for prompt, completion in zip(made[-1].prompts, made[-1].completions, strict=True)]
-        made.append(make_attempt(policy, prompts, examples, number, config, temperature, f"{seed}/{number}"))
+        made.append(make_attempt(policy, prompts, examples, number, config, temperature, f"{seed}/{number}", made))
     if processes > 1:
         made = [joined(parts, at_once=True) for parts in zip(*gather_object([made]), strict=True)]
     return made
 
 
 def make_attempt(policy: Policy, prompts: list[list[int]], examples: list[Example], number: int, config: Config,
-                 temperature: float, seed: str) -> Attempt:
-    """Samples and grades attempt `number` at every example. Raises RewardError."""
+                 temperature: float, seed: str, earlier: Sequence[Attempt] = ()) -> Attempt:
+    """Samples and grades attempt `number` at every example, after `earlier` ones. Raises RewardError."""
     start = time.perf_counter()
     budget = getattr(config.train, f"max_new_tokens_attempt{min(number, 2)}")
     completions, log_probs = sample(policy, prompts, budget, temperature, seed)
@@ -1646,7 +1745,8 @@ def make_attempt(policy: Policy, prompts: list[list[int]], examples: list[Exampl
     texts = policy.tokenizer.batch_decode(answers, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     texts = [policy.think_prefix + text for text in texts]
     seconds = time.perf_counter() - start
-    rewards, correct = grade(texts, [example.target for example in examples], config.reward)
+    named = reward_arguments(policy, prompts, completions, texts, examples, config, earlier)
+    rewards, correct = grade(texts, [example.target for example in examples], config.reward, named)
     truncated = [len(answer) == len(completion) for answer, completion in zip(answers, completions, strict=True)]
     return Attempt(prompts, completions, texts, rewards, correct, truncated, log_probs, seconds)
 
@@ -1655,12 +1755,37 @@ def without_eos(completion: list[int], policy: Policy) -> list[int]:
     return completion[:-1] if completion[-1] in policy.eos_token_ids else completion
 
 
-def grade(texts: list[str], targets: list[str], reward: RewardConfig) -> tuple[list[float], list[bool]]:
-    """Rewards by the registered function; correctness by the extracted answers alone."""
-    if not texts:  # more processes than rows
-        return [], []
+def reward_arguments(
+    policy: Policy, prompts: list[list[int]], completions: list[list[int]], texts: list[str], examples: list[Example],
+    config: Config, earlier: Sequence[Attempt],
+) -> dict[str, list]:
+    """By name, a list over rows each: what TRL gives to its reward functions. {} where no reward is of that form."""
+    if not config.reward.unregistered or not examples:
+        return {}
+    columns = {name: [example.columns.get(name) for example in examples] for name in examples[0].columns}
+    if config.reward.completions == "text":
+        shown = policy.tokenizer.batch_decode(prompts, clean_up_tokenization_spaces=False)
+        return columns | {"prompts": shown, "completions": texts, "completion_ids": completions}
+    message = lambda role, content: [{"role": role, "content": content}] if content else []  # noqa: E731
+    chats = [message("system", config.prompts.system) + message("user", example.question) for example in examples]
+    for attempt in earlier:
+        chats = [chat + message("assistant", text) + message("user", config.prompts.self_correction)
+                 for chat, text in zip(chats, attempt.texts, strict=True)]
+    answers = [[{"role": "assistant", "content": text}] for text in texts]
+    return columns | {"prompts": chats, "completions": answers, "completion_ids": completions}
+
+
+def grade(texts: list[str], targets: list[str], reward: RewardConfig,
+          named: dict[str, list] | None = None) -> tuple[list[float], list[bool]]:
+    """Rewards: the weighted sum of reward.fn; correctness: by the extracted answers alone. `named`: `reward_arguments`.
+
+    Without any target (a question that somebody asks, more processes than rows) there is nothing to grade by."""
+    if not any(targets):
+        return [0.0] * len(texts), [False] * len(texts)
     extract = ANSWER_EXTRACTORS[reward.answer_extractor]
-    rewards = score(reward.fn, texts, targets, extract)
+    parts = [score(name, texts, targets, extract) if name in REWARD_FNS
+             else score_by_name(name, find_reward(name, reward.module), texts, named or {}) for name in reward.names]
+    rewards = weighted_sum(parts, reward.weights)
     return rewards, [is_correct(text, target, extract) for text, target in zip(texts, targets, strict=True)]
 
 
@@ -2594,6 +2719,8 @@ def model_card(config: Config, evals: list[dict[str, Any]], folder: Path) -> str
     where = config.output.push_to_hub if config.output.push_to_hub and folder.name == last else folder
     table = f"In the table, `{folder.name}` is this adapter on held-out rows.\n" if final else "Not evaluated yet.\n"
     table += f"\n{results_table(evals)}\n" if evals else ""
+    reward = ", ".join(f"`{name}`" for name in config.reward.names)
+    reward += f", weighted {config.reward.weights}," if config.reward.weights else ""
     system = f"System prompt:\n\n```\n{config.prompts.system}\n```\n\n" if config.prompts.system else ""
     return f"""---
 {metadata.to_yaml()}
@@ -2602,7 +2729,7 @@ def model_card(config: Config, evals: list[dict[str, Any]], folder: Path) -> str
 # {config.run_name}
 
 A LoRA adapter (r = {config.model.lora.r}) of `{base}`, trained by reinforcement learning to correct its own answers:
-SCoRe, [Kumar et al., ICLR 2025](https://arxiv.org/abs/2409.12917). Data: `{data}`. Reward: `{config.reward.fn}` with
+SCoRe, [Kumar et al., ICLR 2025](https://arxiv.org/abs/2409.12917). Data: `{data}`. Reward: {reward} with
 `{config.reward.answer_extractor}`. Learning rate {train.learning_rate:g}, alpha {train.alpha:g}, beta1 {train.beta1:g},
 beta2 {train.beta2:g}, seed {train.seed}. {table}
 ## Load

@@ -26,17 +26,20 @@ import plain_peft
 import pytest
 import torch
 import transformers
+import yaml
 from conftest import (
     IM_END,
     ROOT,
     SELF_CORRECTION,
     as_from_the_shell,
+    build_data,
     build_model,
     build_tokenizer,
     fork_run,
     no_curves,
     output,
     perturb,
+    teach_format,
     with_keys,
     write_jsonl,
 )
@@ -983,6 +986,111 @@ def test_a_reward_of_ones_own_that_raises_is_named(
     assert fork_run(argv, tmp_path / "log", no_curves) == 2
     (line,) = output(tmp_path / "log").splitlines()
     assert line.startswith(f"reward.fn: reward function '{own.fn}' raised ZeroDivisionError")
+
+
+RECORDER = """
+CALLS = []
+
+def record(completions, prompts, completion_ids, right, **columns):
+    CALLS.append((completions, prompts, completion_ids, right, columns))
+    return [None if text == "5" else 1.0 for text in columns["answer"]]
+"""
+
+
+@pytest.mark.parametrize("form", ["conversational", "text"])
+def test_an_unregistered_function_gets_what_trl_gives(
+    make_policy: Callable[..., Any], tmp_path: Path, forgotten: None, form: str
+) -> None:
+    file = tmp_path / "recorder.py"
+    file.write_text(RECORDER)
+    changes = {
+        "reward.module": str(file), "reward.fn": ["record", "exact_match"], "reward.weights": [0.5, 1.0],
+        "reward.columns": {"right": "target_answer"}, "reward.completions": form, "prompts.system": "Add.",
+        "dataset.name": str(tmp_path / "data"), "reward.answer_extractor": "gsm8k_hash",
+    }  # fmt: skip
+    (tmp_path / "data").mkdir()
+    rows = [{"question": f"{i}+2=?", "answer": f"{i} + 2 = {i + 2}\n#### {i + 2}", "level": i} for i in range(4)]
+    for split, part in (("train", rows[:3]), ("test", rows[3:])):
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", part)
+    policy, config = make_policy(changes)
+    examples, _ = train.load_examples(config, policy.tokenizer)
+    attempts = train.roll_out(policy, examples, config, 1.0, "seed")
+    calls = train.load_reward_module(file).CALLS
+    assert len(calls) == 2, "once for each attempt"
+    for attempt, (completions, prompts, completion_ids, right, columns) in zip(attempts, calls, strict=True):
+        assert completion_ids == attempt.completions
+        assert right == columns["target_answer"] == ["2", "3", "4"]
+        assert columns["level"] == [0, 1, 2]
+        assert columns["answer"] == [row["answer"] for row in rows[:3]]
+        assert columns["question"] == [row["question"] for row in rows[:3]]
+        assert attempt.rewards == [0.5 + correct for correct in attempt.correct]
+        if form == "text":
+            assert completions == attempt.texts
+            assert prompts == [policy.tokenizer.decode(prompt) for prompt in attempt.prompts]
+            continue
+        assert completions == [[{"role": "assistant", "content": text}] for text in attempt.texts]
+        for row, prompt in enumerate(prompts):
+            turns = [("system", "Add."), ("user", rows[row]["question"])]
+            if attempt is attempts[1]:
+                turns += [("assistant", attempts[0].texts[row]), ("user", SELF_CORRECTION)]
+            assert prompt == [{"role": role, "content": content} for role, content in turns]
+
+
+def test_registered_rewards_keep_no_columns(make_config: Callable[..., Any]) -> None:
+    config = make_config()
+    examples, _ = train.load_examples(config, train.load_tokenizer(config))
+    assert all(example.columns == {} for example in examples)
+    by_name = make_config({"reward.fn": "trl.rewards.think_format_reward"})
+    others, _ = train.load_examples(by_name, train.load_tokenizer(by_name))
+    assert others[0].columns.keys() == {"question", "answer", "target_answer"}
+    assert train.fingerprint(others) == train.fingerprint(examples), "the rows are the same"
+
+
+def test_trls_rewards_by_configuration_alone(tmp_path: Path) -> None:
+    """accuracy_reward and think_format_reward on rows like GSM8K's, targets with a "$" and a sum before the answer."""
+    answer = "<think></think><answer>\\boxed{{{}}}</answer>"
+    data = build_data(tmp_path / "data", train=24, test=6)
+    model = teach_format(build_model(tmp_path / "model"), data, steps=60, answer=answer)
+    for file in data.glob("*.jsonl"):
+        rows = read_jsonl(file)
+        hard = [row | {"answer": f"It is $5 and ${row['question']}\n#### {row['answer']}"} for row in rows]
+        write_jsonl(file, hard)
+    config = {
+        "run_name": "run",
+        "model": {"name": str(model), "max_seq_length": 160, "gradient_checkpointing": False, "lora": {"r": 4}},
+        "dataset": {"name": str(data), "input_field": "question", "target_field": "answer"},
+        "prompts": {"self_correction": SELF_CORRECTION},
+        "reward": {
+            "fn": ["trl.rewards.accuracy_reward", "trl.rewards.think_format_reward"],
+            "weights": [1.0, 0.2],
+            "columns": {"solution": "target_answer"},
+            "answer_extractor": "gsm8k_hash",
+        },
+        "train": {
+            "stage1_batch_size": 12, "stage2_batch_size": 12, "learning_rate": 0.005, "max_new_tokens_attempt1": 20,
+            "max_new_tokens_attempt2": 20, "max_prompt_length_attempt1": 48, "max_prompt_length_attempt2": 100,
+        },
+        "output": {"dir": str(tmp_path)},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    argv = ["--config", str(tmp_path / "run.yaml")]
+    assert fork_run(argv, tmp_path / "log", no_curves) == 0, output(tmp_path / "log")
+    paid = set()
+    for row in read_jsonl(tmp_path / "run" / "samples.jsonl"):
+        for n in (1, 2):
+            text, reward = row[f"text_attempt{n}"], row[f"reward_attempt{n}"]
+            boxed = re.search(r"\\boxed\{(\d+)\}", text)
+            formatted = text.startswith("<think>") and text.count("<think>") == 1 and "</think>" in text
+            right = bool(boxed) and int(boxed[1]) == int(row["target"].rpartition("#### ")[2])
+            if text.count("boxed") < 2:  # of several, TRL chooses
+                assert reward == pytest.approx(right + 0.2 * formatted), text
+            paid.add(round(reward, 3))
+    assert {0.0, 0.2} <= paid, "a run whose rewards are equal shows nothing"
+    card = (tmp_path / "run" / "stage2" / "README.md").read_text()
+    assert "`trl.rewards.accuracy_reward`, `trl.rewards.think_format_reward`, weighted [1.0, 0.2]" in card
+    again = tmp_path / "again"
+    assert fork_run([*argv, "--resume", "--set", "reward.weights=[1.0, 0.3]"], again) == 2
+    assert "reward.weights [1.0, 0.2] -> [1.0, 0.3]" in output(again), "the weights are mathematics"
 
 
 def test_the_new_task(tmp_path: Path) -> None:
