@@ -2335,6 +2335,9 @@ def to_json(row: dict[str, Any]) -> str:
     return json.dumps(finite, ensure_ascii=False) + "\n"
 
 
+RENEW_SECONDS = 300.0  # between two renewals of what one looks at while a run goes on
+
+
 @dataclass
 class Run:
     """The run folder and W&B: what is written down while the stages go by."""
@@ -2348,13 +2351,15 @@ class Run:
     kept: dict[str, Any] = field(default_factory=dict)  # of results.json, when --eval-only adds to a run
     seconds_before: float = 0.0
     started: float = field(default_factory=time.time)
+    renewed: float = field(default_factory=time.time)  # results.md and curves.png
 
     @on_main
     def log(self, event: dict[str, Any], samples: list[dict[str, Any]]) -> None:
         append_lines(self.folder / "samples.jsonl", samples)
         append_lines(self.folder / "metrics.jsonl", [event])  # last: with it the step or the evaluation is done
-        if event["event"] == "eval":
+        if event["event"] == "eval" or time.time() - self.renewed >= RENEW_SECONDS:
             self.write_results()
+        if event["event"] == "eval":
             say("Evaluated {checkpoint}: Acc@t1 {acc_attempt1:.3f}, Acc@t2 {acc_attempt2:.3f}, delta {delta:+.3f}, "
                 "i->c {delta_i_to_c:.3f}, c->i {delta_c_to_i:.3f}, n {n}".format(**event))
         if self.wandb:
@@ -2382,6 +2387,13 @@ class Run:
             if "adapter" not in last and (stage / "state.json").exists():
                 write_atomically(stage / "README.md", model_card(self.config, evals, stage))
         draw_curves(self.folder)
+        self.renewed = time.time()
+
+
+def where_to_look(config: Config) -> str:
+    """The files of a run that show how it went."""
+    folder = Path(config.output.dir) / config.run_name
+    return ", ".join(str(folder / name) for name in ("results.md", "curves.png") if (folder / name).exists())
 
 
 def installed_version(package: str) -> str | None:
@@ -2924,7 +2936,7 @@ def hand_over(args: argparse.Namespace, config: Config, run: Run, policy: Policy
         save_merged(policy, run.folder / "merged")
     if final and config.output.push_to_hub:
         push_to_hub(final.parent, config.output.push_to_hub)
-    say(f"Done in {time.time() - run.started:.0f} s: {run.folder}")
+    say(f"Done in {time.time() - run.started:.0f} s: {where_to_look(config)}")
 
 
 # ----------------------------------------------------------------------------------------------------- command line
@@ -2947,7 +2959,9 @@ def main(args: argparse.Namespace, config: Config) -> int:
         code, line = 2, f"reward.{key}: {error}"
     except Interrupted:
         again = shlex.join(part for part in sys.argv if part not in ("--resume", "--overwrite"))
-        code, line = 130, f"Interrupted. Continue with: python {again}{' --resume' * (not args.eval_only)}"
+        shown = where_to_look(config)
+        shown = f"Interrupted. So far: {shown}." if shown else "Interrupted."
+        code, line = 130, f"{shown} Continue with: python {again}{' --resume' * (not args.eval_only)}"
     except RunError as error:
         code, line = 1, error
     except torch.OutOfMemoryError:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -649,6 +650,27 @@ def test_a_run_says_its_steps_and_saved_places(finished: SimpleNamespace) -> Non
     assert finished.errors == ""
 
 
+@pytest.mark.parametrize("interval", [0.0, 300.0])
+def test_results_and_curves_are_renewed_while_a_run_goes_on(
+    tiny_run: Callable[..., list[str]], tmp_path: Path, interval: float  # noqa: F811
+) -> None:
+    def draw(folder: Path) -> None:
+        (folder / "curves.png").write_bytes(b"")
+        with (tmp_path / "drawn").open("a") as stream:
+            print(len(train.read_lines(folder / "metrics.jsonl")), file=stream)
+
+    def before() -> None:
+        train.RENEW_SECONDS, train.draw_curves = interval, draw
+
+    assert train.RENEW_SECONDS == 300
+    keys = ("train.checkpoint_every=null", "train.stage1_epochs=0.5", "train.stage2_epochs=0.5")
+    assert fork_run(tiny_run(tmp_path, "--set", *keys), tmp_path / "log", before) == 0, output(tmp_path / "log")
+    lines = list(map(int, (tmp_path / "drawn").read_text().split()))  # of metrics.jsonl when it was drawn
+    assert lines == (list(range(1, 10)) if interval == 0 else [1, 5, 9]), "else only when an evaluation is done"
+    last = output(tmp_path / "log", "out").splitlines()[-1]
+    assert last.endswith(f" s: {tmp_path / 'run' / 'results.md'}, {tmp_path / 'run' / 'curves.png'}")
+
+
 # ---------------------------------------------------------------------------------------------------------------- W&B
 
 
@@ -893,6 +915,104 @@ def test_samples_of_a_real_run_are_shown(finished: SimpleNamespace, show: Callab
     assert text.startswith(f"{finished.folder}, stage2: 6 rows; ")
     counts = [int(number) for number in re.findall(r"(\d+) (?:corrected|broken|changed|copied)", text.splitlines()[0])]
     assert sum(counts) == 6
+
+
+# ------------------------------------------------------------------------------------------------- profile_run --ask
+
+
+def evaluated(folder: Path, checkpoint: str) -> list[dict[str, Any]]:
+    return [row for row in read_jsonl(folder / "samples.jsonl") if row.get("checkpoint") == checkpoint]
+
+
+@pytest.mark.parametrize("checkpoint", ["stage2", "stage1"])
+def test_asking_gives_the_evaluations_answers(
+    finished: SimpleNamespace, show: Callable[..., Any], checkpoint: str
+) -> None:
+    """Several questions, by the last adapter or a given one, without a reward: this one raises on any text."""
+    rows = evaluated(finished.folder, checkpoint)[:3]
+    adapter = ["--adapter", str(finished.folder / checkpoint)] * (checkpoint == "stage1")
+    flags = [*(row["question"] for row in rows), *adapter, "--set", "reward.fn=json.loads"]
+    code, text, errors = show("--ask", str(finished.folder), *flags)
+    assert (code, errors) == (0, "")
+    assert f"with {finished.folder / checkpoint}\n" in text
+    for row, part in zip(rows, text.split("=== question\n")[1:], strict=True):
+        lines = [row["question"]]
+        for n in (1, 2):
+            cut = ", cut off by the budget" if row[f"truncated_attempt{n}"] else ""
+            lines += ["=== correction prompt", SELF_CORRECTION] * (n == 2)
+            lines += [f"=== attempt {n} ({row[f'tokens_attempt{n}']} tokens{cut})", row[f"text_attempt{n}"].strip()]
+        texts = [row[f"text_attempt{n}"].strip() for n in (1, 2)]
+        changed = "nothing" if texts[0] == texts[1] else profile_run.side_by_side(*texts)
+        assert part.startswith("\n".join([*lines, "=== what changed", changed, "=== "]))
+        tokens = row["tokens_attempt1"] + row["tokens_attempt2"]
+        assert re.match(rf"{tokens} tokens in [\d.]+ s: [\d,]+ tokens/s\n", part.rpartition("=== ")[2])
+
+
+@pytest.mark.parametrize("ends", ["", EOFError, KeyboardInterrupt])
+def test_questions_may_be_typed(
+    finished: SimpleNamespace, show: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ends: Any
+) -> None:
+    row = evaluated(finished.folder, "stage2")[0]
+    moved = Path(shutil.copytree(finished.base, tmp_path / "moved"))
+    typed = [f" {row['question'].strip()} ", "1" * 60, "1+1=?", ends, "never asked"]
+    lines = iter(typed)
+
+    def type_in(prompt: str) -> str:
+        line = next(lines)
+        if not isinstance(line, str):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", type_in)
+    code, text, errors = show("--ask", str(finished.folder), "--set", f"model.name={moved}")
+    assert (code, next(lines)) == (0, "never asked")
+    asked = [part.split("\n=== attempt 1")[0] for part in text.split("=== question\n")[1:]]
+    assert asked == [row["question"].strip(), "1+1=?"]
+    assert text.startswith(f"{moved} with ")
+    (line,) = errors.splitlines()
+    assert line.startswith("train.max_prompt_length_attempt1: "), "one that is too long does not end it"
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("no folder", "no such folder"),
+        ("no adapter yet", "no adapter has been saved yet; give one with --adapter DIR"),
+        ("no config", "config.yaml: cannot be read"),
+        ("damaged config", "config.yaml: not valid YAML"),
+        ("a key", "train.learnin_rate: unknown key"),
+        ("no such adapter", "no adapter_config.json there"),
+        ("another rank", "trained with model.lora.r 4, the config says 2"),
+        ("damaged adapter", "cannot be read"),
+        ("no model", "model.name: no tokenizer at "),
+        ("too long", "train.max_prompt_length_attempt1: "),
+    ],
+)
+def test_asking_what_cannot_be_asked_is_one_line(
+    finished: SimpleNamespace, show: Callable[..., Any], tmp_path: Path, fault: str, says: str
+) -> None:
+    folder, flags = tmp_path / "run", ["?" if fault != "too long" else "1" * 60]
+    shutil.copytree(finished.folder, folder)
+    if fault == "no folder":
+        folder = tmp_path / "other"
+    elif fault == "no adapter yet":
+        shutil.rmtree(folder / "stage1")
+        shutil.rmtree(folder / "stage2")
+    elif fault == "no config":
+        (folder / "config.yaml").unlink()
+    elif fault == "damaged config":
+        (folder / "config.yaml").write_text("run_name: [")
+    elif fault == "damaged adapter":
+        os.truncate(folder / "stage2" / "adapter_model.safetensors", 100)
+    elif fault == "no such adapter":
+        flags += ["--adapter", str(tmp_path)]
+    keys = {"a key": "train.learnin_rate=1", "another rank": "model.lora.r=2", "no model": f"model.name={tmp_path}"}
+    flags += ["--set", keys[fault]] if fault in keys else []
+    code, _, errors = show("--ask", str(folder), *flags)
+    assert code == 2
+    (line,) = errors.splitlines()
+    assert says in line
+    assert "--config" not in line and "--resume-adapter" not in line, "a flag of another command"
 
 
 # ------------------------------------------------------------------------------------------------ rewards of one's own
