@@ -5,6 +5,7 @@
     python profile_run.py --config configs/gsm8k.yaml --n 64 --compare   # the same rollout through model.generate too
     python profile_run.py --config configs/gsm8k.yaml --decode 32 128    # decoding alone at these batch sizes
     python profile_run.py --samples outputs/score-gsm8k                  # what a finished run's corrections look like
+    python profile_run.py --ask outputs/score-gsm8k "A pen costs 3 dollars. What do 7 cost?"    # both attempts at it
 
 Nothing is trained: the update runs with a learning rate of 0. Figures are for this model, these prompts, this card.
 """
@@ -260,11 +261,69 @@ def side_by_side(first: str, second: str) -> str:
     return "\n".join(f"{left:<{width}} | {right}" for left, right in zip_longest(*columns, fillvalue=""))
 
 
+def ask(folder: Path, questions: list[str], adapter: Path | None, overrides: list[str]) -> int:
+    """Puts questions to a run's adapter: those given, else those typed in one after the other, till an empty line."""
+    import train
+
+    try:
+        if not folder.is_dir():
+            raise train.UserError(f"--ask {folder}: no such folder; give a run's, such as outputs/NAME")
+        file = str(folder / "config.yaml")
+        config = train.read_config(file, overrides)
+        adapter = adapter or train.newest_checkpoint(folder)
+        if not adapter:
+            raise train.UserError(f"--ask {folder}: no adapter has been saved yet; give one with --adapter DIR")
+        # The base model may lie elsewhere now; that it is another would show in the shapes of its weights.
+        others = [override for override in overrides if not override.startswith("model.name=")]
+        train.check_adapter(adapter, train.read_config(file, others))
+        tokenizer = train.load_tokenizer(config)
+        policy = train.load_policy(config, tokenizer, adapter)
+        print(f"{config.model.name} with {adapter}", flush=True)
+        for number, question in enumerate(questions):
+            answer(train, policy, config, question, f"ask/{number}")
+    except train.UserError as error:
+        print(str(error).replace("--resume-adapter", "--adapter").replace("--config", "--ask"), file=sys.stderr)
+        return 2
+    while not questions:
+        try:
+            question = input("\nQuestion (an empty line ends): ").strip()
+        except (EOFError, KeyboardInterrupt):
+            question = ""
+        if not question:
+            print()
+            break
+        try:
+            answer(train, policy, config, question, "ask")
+        except train.UserError as error:  # too long; the next one may not be
+            print(error, file=sys.stderr)
+    return 0
+
+
+def answer(train, policy, config, question: str, seed: str) -> None:
+    """Prints both attempts at a question, as an evaluation would sample them. Raises UserError where it is too long."""
+    examples = train.encode_rows([(question, "")], "asked", config, policy.tokenizer)
+    attempts = train.roll_out(policy, examples, config, config.eval.generation_temperature, seed)
+    print(f"\n=== question\n{question}")
+    for number, attempt in enumerate(attempts, 1):
+        if number == 2:
+            print(f"=== correction prompt\n{config.prompts.self_correction.strip()}")
+        cut = ", cut off by the budget" if attempt.truncated[0] else ""
+        print(f"=== attempt {number} ({len(attempt.completions[0])} tokens{cut})\n{attempt.texts[0].strip()}")
+    first, second = (attempt.texts[0].strip() for attempt in attempts)
+    print("=== what changed\n" + ("nothing" if first == second else side_by_side(first, second)))
+    tokens = sum(len(attempt.completions[0]) for attempt in attempts)
+    seconds = sum(attempt.seconds for attempt in attempts)
+    print(f"=== {tokens} tokens in {seconds:.2f} s: {tokens / seconds:,.0f} tokens/s", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", help="the config to measure")
     parser.add_argument("--samples", type=Path, metavar="RUN_DIR", help="print a run's corrections instead")
     parser.add_argument("--checkpoint", help="with --samples: pretrain, stage1 or stage2; the last one if not given")
+    parser.add_argument("--ask", nargs="+", metavar=("RUN_DIR", "QUESTION"),
+                        help="put questions to a run's last adapter instead; without one they are typed in")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="with --ask: any other saved adapter")
     parser.add_argument("--show", type=int, default=3, help="with --samples: pairs of each kind")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.SUB=VALUE", help="override keys")
     parser.add_argument("--n", type=int, default=32, help="problems of one optimizer step")
@@ -274,8 +333,10 @@ def main() -> int:
     args = parser.parse_args()
     if args.samples:
         return show_samples(args.samples, args.checkpoint, args.show)
+    if args.ask:
+        return ask(Path(args.ask[0]), args.ask[1:], args.adapter, args.set)
     if not args.config:
-        parser.error("--config FILE is needed, or --samples RUN_DIR")
+        parser.error("--config FILE is needed, or --samples RUN_DIR, or --ask RUN_DIR")
     if args.n < 2 or args.tokens < 1 or min(args.decode or [1]) < 1:
         parser.error("--n: needs at least 2 problems; --decode and --tokens at least 1")
 

@@ -36,6 +36,7 @@ import argparse
 import copy
 import difflib
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -75,8 +76,11 @@ from reward_function import (
     diagnose,
     is_correct,
     majority,
+    missing_arguments,
     outcomes,
     score,
+    score_by_name,
+    weighted_sum,
 )
 
 
@@ -183,8 +187,20 @@ class PromptsConfig(Section):
 
 class RewardConfig(Section):
     module: str | None = None  # first: it registers what the others name
-    fn: str = "format_and_match"
+    fn: str | list[str] = "format_and_match"
+    weights: list[Real] | None = None
+    columns: dict[str, str] = {}
+    completions: Literal["conversational", "text"] = "conversational"
     answer_extractor: str = "identity"
+
+    @property
+    def names(self) -> list[str]:
+        return [self.fn] if isinstance(self.fn, str) else self.fn
+
+    @property
+    def unregistered(self) -> list[str]:
+        """The functions in TRL's form."""
+        return [name for name in self.names if name not in REWARD_FNS]
 
     @field_validator("module")
     @classmethod
@@ -193,21 +209,73 @@ class RewardConfig(Section):
             load_reward_module(Path(file))
         return file
 
-    @field_validator("fn", "answer_extractor")
+    @field_validator("fn", mode="before")
+    @classmethod
+    def can_be_found(cls, fn: Any, field: Any) -> Any:
+        names = fn if isinstance(fn, list) else [fn]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("must be the name of a reward function, or a list of names")
+        for name in names if "module" in field.data else ():  # else the module's fault says enough
+            if fault := reward_fault(name, field.data["module"]):
+                raise ValueError(f"{name!r} {fault}" if names is fn else fault)
+        return fn
+
+    @field_validator("weights")
+    @classmethod
+    def are_one_each(cls, weights: list[float] | None, field: Any) -> list[float] | None:
+        fn = field.data.get("fn")  # missing if it is at fault itself
+        count = len(fn) if isinstance(fn, list) else 1
+        if fn and weights is not None and len(weights) != count:
+            raise ValueError(f"must be as many as the functions in reward.fn: {count}, not {len(weights)}")
+        return weights
+
+    @field_validator("answer_extractor")
     @classmethod
     def is_registered(cls, name: str, field: Any) -> str:
-        known = REWARD_FNS if field.field_name == "fn" else ANSWER_EXTRACTORS
-        if name not in known and "module" in field.data:  # else the module's fault says enough
-            mend = did_you_mean(name, known) or "; one of your own comes from a file that reward.module names"
-            raise ValueError(f"is not registered; registered are {', '.join(sorted(known))}{mend}")
+        if name not in ANSWER_EXTRACTORS and "module" in field.data:
+            raise ValueError(not_registered(name, ANSWER_EXTRACTORS))
         return name
 
 
-def load_reward_module(file: Path) -> None:
-    """Runs a Python file that registers rewards and extractors, once. Raises ValueError with a one-line reason."""
+def not_registered(name: str, known: dict[str, Callable]) -> str:
+    mend = did_you_mean(name, known) or "; one of your own comes from a file that reward.module names"
+    return f"is not registered; registered are {', '.join(sorted(known))}{mend}"
+
+
+def reward_fault(name: str, module: str | None) -> str | None:
+    """Why `name` can be no reward function, so far as it shows without importing a package, which would cost seconds
+    and has to wait for Unsloth's import."""
+    own = vars(load_reward_module(Path(module))) if module else {}
+    if name in REWARD_FNS or callable(own.get(name)):
+        return None
+    if name in own:
+        return f"is no function in {module}"
+    package, dot, _ = name.partition(".")
+    if not dot or not all(part.isidentifier() for part in name.split(".")):
+        return not_registered(name, REWARD_FNS)
+    if importlib.util.find_spec(package):
+        return None
+    return f"cannot be imported: there is no package {package}; a function in a file of your own: reward.module"
+
+
+def find_reward(name: str, module: str | None) -> Callable:
+    """The function in TRL's form that is called `name` in reward.module, or has it as import path. Raises UserError."""
+    package, _, attribute = name.rpartition(".")
+    try:
+        fn = getattr(importlib.import_module(package) if package else load_reward_module(Path(module)), attribute)
+    except Exception as error:  # whatever the package raises
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"reward.fn: {name} cannot be imported: {reason}") from None
+    if not callable(fn):
+        raise UserError(f"reward.fn: {name} is no function")
+    return fn
+
+
+def load_reward_module(file: Path) -> Any:
+    """The module of a Python file of rewards and extractors, run once. Raises ValueError with a one-line reason."""
     name = "rewards_of_" + re.sub(r"\W", "_", str(file.resolve()))
     if name in sys.modules:
-        return
+        return sys.modules[name]
     if file.suffix != ".py" or not file.is_file():
         raise ValueError("must be a .py file that exists")
     spec = importlib.util.spec_from_file_location(name, file)
@@ -217,6 +285,7 @@ def load_reward_module(file: Path) -> None:
     except Exception as error:  # whatever the user's file raises
         del sys.modules[name]
         raise ValueError(f"cannot be run: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+    return module
 
 
 class TrainConfig(Section):
@@ -832,11 +901,12 @@ def first_line(error: BaseException) -> str:
 
 @dataclass
 class Example:
-    """One problem: its text, its reference answer, and the token ids of the attempt-1 prompt."""
+    """One problem: its text, its reference answer ("": none is known), and the token ids of the attempt-1 prompt."""
 
     question: str
     target: str
     prompt: list[int]
+    columns: dict[str, Any] = field(default_factory=dict)  # what rewards in TRL's form get by name
 
 
 def fingerprint(examples: list[Example]) -> str:
@@ -863,7 +933,7 @@ def load_examples(config: Config, tokenizer: Any) -> tuple[list[Example], list[E
                                 "Set dataset.split to one of them and dataset.test_split_size to hold rows out")
         train, test = splits["train"], splits["test"]
     train, test = read_rows(train, "train", config), read_rows(test, "test", config)
-    seen = {question for question, _ in test}
+    seen = {row[0] for row in test}
     kept, test = [row for row in train if row[0] not in seen], test[: wanted.test_split_size]
     if len(kept) < len(train):
         say(f"Warning: {len(train) - len(kept)} train rows are also test rows; they are not trained on.")
@@ -905,8 +975,8 @@ def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 
 
-def read_rows(rows: Any, split: str, config: Config) -> list[tuple[str, str]]:
-    """(question, target) of each row. Raises UserError that names the column or the row."""
+def read_rows(rows: Any, split: str, config: Config) -> list[tuple[str, str, dict[str, Any]]]:
+    """(question, target, columns for rewards) of each row. Raises UserError that names the column or the row."""
     wanted, extract = config.dataset, ANSWER_EXTRACTORS[config.reward.answer_extractor]
     for key in ("input_field", "target_field"):
         column = getattr(wanted, key)
@@ -930,15 +1000,37 @@ def read_rows(rows: Any, split: str, config: Config) -> list[tuple[str, str]]:
         pairs.append((question, target))
     if not pairs:
         raise UserError(f"dataset.name: {wanted.name} has no {split} rows")
-    return pairs
+    columns = reward_columns(rows, [target for _, target in pairs], split, config)
+    return [(*pair, named) for pair, named in zip(pairs, columns, strict=True)]
 
 
-def encode_rows(rows: list[tuple[str, str]], split: str, config: Config, tokenizer: Any) -> list[Example]:
+def reward_columns(rows: Any, targets: list[str], split: str, config: Config) -> list[dict[str, Any]]:
+    """What rewards in TRL's form get of each row by name: its columns, `target_answer`, and either of them by another
+    name as reward.columns says; nothing where there is no such reward. Raises UserError."""
+    reward, known = config.reward, [*rows.column_names, "target_answer"]
+    if not reward.unregistered:
+        return [{}] * len(rows)
+    for argument, column in reward.columns.items():
+        if column not in known:
+            raise UserError(f"reward.columns.{argument}: no column {column!r} in {config.dataset.name} ({split}); it "
+                            f"has {', '.join(known)}{did_you_mean(column, known)}")
+    given = [*known, *reward.columns, "prompts", "completions", "completion_ids"]
+    for name in reward.unregistered:
+        if missing := missing_arguments(find_reward(name, reward.module), given):
+            raise UserError(f"reward.fn: {name} asks for {', '.join(missing)}, and is given {', '.join(given)}; say "
+                            f"which of them it is, as in reward.columns.{missing[0]}=target_answer")
+    extract = ANSWER_EXTRACTORS[reward.answer_extractor]
+    named = ({"target_answer": extract(target)} | row for target, row in zip(targets, rows, strict=True))
+    return [row | {argument: row[column] for argument, column in reward.columns.items()} for row in named]
+
+
+def encode_rows(rows: list[tuple], split: str, config: Config, tokenizer: Any) -> list[Example]:
     """Builds the attempt-1 prompts; a prompt over budget is dropped with a count, never cut."""
     limit = config.train.max_prompt_length_attempt1
-    texts = [chat_text(tokenizer, config, [{"role": "user", "content": question}]) for question, _ in rows]
+    texts = [chat_text(tokenizer, config, [{"role": "user", "content": question}]) for question, *_ in rows]
     prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    examples = [Example(*row, prompt) for row, prompt in zip(rows, prompts, strict=True) if len(prompt) <= limit]
+    examples = [Example(question, target, prompt, *columns)
+                for (question, target, *columns), prompt in zip(rows, prompts, strict=True) if len(prompt) <= limit]
     if not examples:
         raise UserError(f"train.max_prompt_length_attempt1: all {len(rows)} {split} prompts are longer than {limit} "
                         f"tokens; the shortest has {min(map(len, prompts))}")
@@ -1702,15 +1794,15 @@ def roll_out(policy: Policy, examples: list[Example], config: Config, temperatur
         if made:
             prompts = [prompt + without_eos(completion, policy) + policy.bridge
                        for prompt, completion in zip(made[-1].prompts, made[-1].completions, strict=True)]
-        made.append(make_attempt(policy, prompts, examples, number, config, temperature, f"{seed}/{number}"))
+        made.append(make_attempt(policy, prompts, examples, number, config, temperature, f"{seed}/{number}", made))
     if processes > 1:
         made = [joined(parts, at_once=True) for parts in zip(*gather_object([made]), strict=True)]
     return made
 
 
 def make_attempt(policy: Policy, prompts: list[list[int]], examples: list[Example], number: int, config: Config,
-                 temperature: float, seed: str) -> Attempt:
-    """Samples and grades attempt `number` at every example. Raises RewardError."""
+                 temperature: float, seed: str, earlier: Sequence[Attempt] = ()) -> Attempt:
+    """Samples and grades attempt `number` at every example, after `earlier` ones. Raises RewardError."""
     start = time.perf_counter()
     budget = getattr(config.train, f"max_new_tokens_attempt{min(number, 2)}")
     completions, log_probs = sample(policy, prompts, budget, temperature, seed)
@@ -1719,7 +1811,8 @@ def make_attempt(policy: Policy, prompts: list[list[int]], examples: list[Exampl
     texts = [policy.think_prefix + text for text in texts]
     seconds = time.perf_counter() - start
     targets, extract = [example.target for example in examples], ANSWER_EXTRACTORS[config.reward.answer_extractor]
-    rewards, correct = grade(texts, targets, config.reward)
+    named = reward_arguments(policy, prompts, completions, texts, examples, config, earlier)
+    rewards, correct = grade(texts, targets, config.reward, named)
     truncated = [len(written) == len(completion) for written, completion in zip(without_end, completions, strict=True)]
     answers, flexible = diagnose(texts, targets, truncated, extract)
     return Attempt(prompts, completions, texts, answers, rewards, correct, flexible, truncated, log_probs, seconds)
@@ -1729,12 +1822,37 @@ def without_eos(completion: list[int], policy: Policy) -> list[int]:
     return completion[:-1] if completion[-1] in policy.eos_token_ids else completion
 
 
-def grade(texts: list[str], targets: list[str], reward: RewardConfig) -> tuple[list[float], list[bool]]:
-    """Rewards by the registered function; correctness by the extracted answers alone."""
-    if not texts:  # more processes than rows
-        return [], []
+def reward_arguments(
+    policy: Policy, prompts: list[list[int]], completions: list[list[int]], texts: list[str], examples: list[Example],
+    config: Config, earlier: Sequence[Attempt],
+) -> dict[str, list]:
+    """By name, a list over rows each: what TRL gives to its reward functions. {} where no reward is of that form."""
+    if not config.reward.unregistered or not examples:
+        return {}
+    columns = {name: [example.columns.get(name) for example in examples] for name in examples[0].columns}
+    if config.reward.completions == "text":
+        shown = policy.tokenizer.batch_decode(prompts, clean_up_tokenization_spaces=False)
+        return columns | {"prompts": shown, "completions": texts, "completion_ids": completions}
+    message = lambda role, content: [{"role": role, "content": content}] if content else []  # noqa: E731
+    chats = [message("system", config.prompts.system) + message("user", example.question) for example in examples]
+    for attempt in earlier:
+        chats = [chat + message("assistant", text) + message("user", config.prompts.self_correction)
+                 for chat, text in zip(chats, attempt.texts, strict=True)]
+    answers = [[{"role": "assistant", "content": text}] for text in texts]
+    return columns | {"prompts": chats, "completions": answers, "completion_ids": completions}
+
+
+def grade(texts: list[str], targets: list[str], reward: RewardConfig,
+          named: dict[str, list] | None = None) -> tuple[list[float], list[bool]]:
+    """Rewards: the weighted sum of reward.fn; correctness: by the extracted answers alone. `named`: `reward_arguments`.
+
+    Without any target (a question that somebody asks, more processes than rows) there is nothing to grade by."""
+    if not any(targets):
+        return [0.0] * len(texts), [False] * len(texts)
     extract = ANSWER_EXTRACTORS[reward.answer_extractor]
-    rewards = score(reward.fn, texts, targets, extract)
+    parts = [score(name, texts, targets, extract) if name in REWARD_FNS
+             else score_by_name(name, find_reward(name, reward.module), texts, named or {}) for name in reward.names]
+    rewards = weighted_sum(parts, reward.weights)
     return rewards, [is_correct(text, target, extract) for text, target in zip(texts, targets, strict=True)]
 
 
@@ -2315,6 +2433,9 @@ def to_json(row: dict[str, Any]) -> str:
     return json.dumps(finite, ensure_ascii=False) + "\n"
 
 
+RENEW_SECONDS = 300.0  # between two renewals of what one looks at while a run goes on
+
+
 @dataclass
 class Run:
     """The run folder and W&B: what is written down while the stages go by."""
@@ -2328,13 +2449,15 @@ class Run:
     kept: dict[str, Any] = field(default_factory=dict)  # of results.json, when --eval-only adds to a run
     seconds_before: float = 0.0
     started: float = field(default_factory=time.time)
+    renewed: float = field(default_factory=time.time)  # results.md and curves.png
 
     @on_main
     def log(self, event: dict[str, Any], samples: list[dict[str, Any]]) -> None:
         append_lines(self.folder / "samples.jsonl", samples)
         append_lines(self.folder / "metrics.jsonl", [event])  # last: with it the step or the evaluation is done
-        if event["event"] == "eval":
+        if event["event"] == "eval" or time.time() - self.renewed >= RENEW_SECONDS:
             self.write_results()
+        if event["event"] == "eval":
             say("Evaluated {checkpoint}: Acc@t1 {acc_attempt1:.3f}, Acc@t2 {acc_attempt2:.3f}, delta {delta:+.3f}, "
                 "i->c {delta_i_to_c:.3f} (wrong->c {wrong_to_correct:.3f}), c->i {delta_c_to_i:.3f}, n {n}"
                 .format(**event))
@@ -2363,6 +2486,13 @@ class Run:
             if "adapter" not in last and (stage / "state.json").exists():
                 write_atomically(stage / "README.md", model_card(self.config, evals, stage))
         draw_curves(self.folder)
+        self.renewed = time.time()
+
+
+def where_to_look(config: Config) -> str:
+    """The files of a run that show how it went."""
+    folder = Path(config.output.dir) / config.run_name
+    return ", ".join(str(folder / name) for name in ("results.md", "curves.png") if (folder / name).exists())
 
 
 def installed_version(package: str) -> str | None:
@@ -2709,6 +2839,8 @@ def model_card(config: Config, evals: list[dict[str, Any]], folder: Path) -> str
     where = config.output.push_to_hub if config.output.push_to_hub and folder.name == last else folder
     table = f"In the table, `{folder.name}` is this adapter on held-out rows.\n" if final else "Not evaluated yet.\n"
     table += f"\n{results_table(evals)}\n" if evals else ""
+    reward = ", ".join(f"`{name}`" for name in config.reward.names)
+    reward += f", weighted {config.reward.weights}," if config.reward.weights else ""
     system = f"System prompt:\n\n```\n{config.prompts.system}\n```\n\n" if config.prompts.system else ""
     return f"""---
 {metadata.to_yaml()}
@@ -2717,7 +2849,7 @@ def model_card(config: Config, evals: list[dict[str, Any]], folder: Path) -> str
 # {config.run_name}
 
 A LoRA adapter (r = {config.model.lora.r}) of `{base}`, trained by reinforcement learning to correct its own answers:
-SCoRe, [Kumar et al., ICLR 2025](https://arxiv.org/abs/2409.12917). Data: `{data}`. Reward: `{config.reward.fn}` with
+SCoRe, [Kumar et al., ICLR 2025](https://arxiv.org/abs/2409.12917). Data: `{data}`. Reward: {reward} with
 `{config.reward.answer_extractor}`. Learning rate {train.learning_rate:g}, alpha {train.alpha:g}, beta1 {train.beta1:g},
 beta2 {train.beta2:g}, seed {train.seed}. {table}
 ## Load
@@ -2927,7 +3059,7 @@ def hand_over(args: argparse.Namespace, config: Config, run: Run, policy: Policy
         save_merged(policy, run.folder / "merged")
     if final and config.output.push_to_hub:
         push_to_hub(final.parent, config.output.push_to_hub)
-    say(f"Done in {time.time() - run.started:.0f} s: {run.folder}")
+    say(f"Done in {time.time() - run.started:.0f} s: {where_to_look(config)}")
 
 
 # ----------------------------------------------------------------------------------------------------- command line
@@ -2950,7 +3082,9 @@ def main(args: argparse.Namespace, config: Config) -> int:
         code, line = 2, f"reward.{key}: {error}"
     except Interrupted:
         again = shlex.join(part for part in sys.argv if part not in ("--resume", "--overwrite"))
-        code, line = 130, f"Interrupted. Continue with: python {again}{' --resume' * (not args.eval_only)}"
+        shown = where_to_look(config)
+        shown = f"Interrupted. So far: {shown}." if shown else "Interrupted."
+        code, line = 130, f"{shown} Continue with: python {again}{' --resume' * (not args.eval_only)}"
     except RunError as error:
         code, line = 1, error
     except torch.OutOfMemoryError:

@@ -146,14 +146,14 @@ def build_data(folder: Path, train: int = 24, test: int = 6) -> Path:
     return folder
 
 
-def teach_format(folder: Path, data: Path, steps: int = 60) -> Path:
+def teach_format(folder: Path, data: Path, steps: int = 60, answer: str = "<answer>{}</answer>") -> Path:
     """Trains the model until about half of its samples are answers, right or wrong, so that rewards differ."""
     import random
 
     import torch
     import transformers
 
-    rng, answer = random.Random(0), "<answer>{}</answer>" + IM_END
+    rng, answer = random.Random(0), answer + IM_END
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)

@@ -651,6 +651,32 @@ CASES = [
         "reward.fn: reward function 'odd' raised TypeError(\"'NoneType' object is not iterable\") on ['PPPPPPPP']",
     ], {"reward.fn": "odd"}, before=reward(lambda p, t, e: None), earlier=False,
          loads=True),
+    Case("reward by path is not there", [
+        "reward.fn: trl.rewards.acuracy_reward cannot be imported: AttributeError: …",
+    ], {"reward.fn": ["exact_match", "trl.rewards.acuracy_reward"]}),
+    Case("reward by path in no module", [
+        "reward.fn: json.rewards.right cannot be imported: ModuleNotFoundError: No module named 'json.rewards'",
+    ], {"reward.fn": "json.rewards.right"}),
+    Case("reward by path is no function", [
+        "reward.fn: json.__all__ is no function",
+    ], {"reward.fn": "json.__all__"}),
+    Case("reward in a file is no function", [
+        "reward.fn: is no function in own.py (got 'limit')",
+    ], {"reward.module": "own.py", "reward.fn": "limit"}, prepare=write("own.py", "limit = 3\n")),
+    Case("weights of another length", [
+        "reward.weights: must be as many as the functions in reward.fn: 2, not 1 (got [1.0])",
+    ], {"reward.fn": ["exact_match", "json.dumps"], "reward.weights": [1.0]}),
+    Case("reward asks for a column that is not there", [
+        "reward.fn: trl.rewards.accuracy_reward asks for solution, and is given question, answer, target_answer, "
+        "prompts, completions, completion_ids; say which of them it is, as in reward.columns.solution=target_answer",
+    ], {"reward.fn": "trl.rewards.accuracy_reward"}),
+    Case("reward's column is not there", [
+        "reward.columns.solution: no column 'answr' in data (train); it has question, answer, target_answer; did you "
+        "mean answer?",
+    ], {"reward.fn": "trl.rewards.accuracy_reward", "reward.columns": {"solution": "answr"}}),
+    Case("reward by path raises", [
+        "reward.fn: reward function 'json.loads' raised TypeError(…) on ['PPPPPPPP']",
+    ], {"reward.fn": "json.loads", "reward.columns": {"s": "answer"}}, earlier=False, loads=True),
     Case("extractor raises on targets", [
         "reward.answer_extractor: answer extractor 'odd' raised KeyError('inside') on '10'",
     ], {"reward.answer_extractor": "odd"}, before=extractor(raise_it)),

@@ -68,6 +68,16 @@ def config_file(raw_config: dict[str, Any], tmp_path: Path) -> Path:
         ("train.baseline", "leave-one-out", ["did you mean leave_one_out"]),
         ("train.length_norm", "token", ["'sequence' or 'constant'"]),
         ("reward.fn", "format_and_mach", ["did you mean format_and_match"]),
+        ("reward.fn", ["exact_match", "exact_mach"], ["'exact_mach' is not registered", "did you mean exact_match"]),
+        ("reward.fn", "no_such_package.rewards.right", ["no package no_such_package", "reward.module"]),
+        ("reward.fn", "trl.rewards.accuracy reward", ["is not registered"]),
+        ("reward.fn", [], ["list of names", "[]"]),
+        ("reward.fn", ["exact_match", 1], ["list of names"]),
+        ("reward.fn", 5, ["list of names", "5"]),
+        ("reward.weights", [1.0, 0.2], ["reward.fn: 1, not 2"]),
+        ("reward.weights", "high", ["list", "high"]),
+        ("reward.columns", "solution", ["dict", "solution"]),
+        ("reward.completions", "conversation", ["did you mean conversational"]),
         ("reward.answer_extractor", "gsm8k", ["gsm8k_hash"]),
         ("run_name", "../elsewhere", ["../elsewhere"]),
         *([] if find_spec("vllm") else [("model.fast_inference", True, ["vLLM"])]),
@@ -116,6 +126,8 @@ def test_keys_that_cannot_go_together(raw_config: dict, changes: dict, key: str,
         {"train.stage1_epochs": 0.5, "train.warmup_steps": 3},
         {"dataset.split": "train", "dataset.test_split_size": 4},
         {"model.gradient_checkpointing": "unsloth"},
+        {"reward.fn": ["exact_match", "trl.rewards.think_format_reward"], "reward.weights": [1, 0.2]},
+        {"reward.fn": ["exact_match"], "reward.weights": ["1e-1"]},
     ],
 )
 def test_keys_that_can_go_together(make_config: Callable[..., Any], changes: dict) -> None:
@@ -130,6 +142,8 @@ def test_keys_that_can_go_together(make_config: Callable[..., Any], changes: dic
         {"train.micro_batch_size": True},
         {"train.beta1": -1.0},
         {"reward.fn": "nope"},
+        {"reward.fn": ["exact_match", 5]},
+        {"reward.weights": [1.0, 1.0]},
         {"model.lora.target_modules": ["q_proj", 5]},
         {"model.gradient_checkpointing": "unslot"},
         {"run_name": 7},
@@ -316,6 +330,19 @@ def test_a_bad_config_exits_with_2_before_torch_is_imported(config_file: Path, w
     # and the environment does what it says: without a fault the import is reached
     done = subprocess.run(command, env=without_torch, capture_output=True, text=True, check=False)
     assert "torch was imported" in done.stderr
+
+
+def test_naming_a_packages_reward_imports_nothing(config_file: Path, without_torch: dict[str, str]) -> None:
+    """It would import transformers before Unsloth, and cost a faulty config seconds."""
+    package = Path(without_torch["PYTHONPATH"]) / "trl"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('trl was imported')\n")
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(config_file), "--set"]
+    keys = ["reward.fn=[trl.rewards.accuracy_reward, trl.rewards.think_format_reward]", "reward.weights=[1.0]"]
+    done = subprocess.run([*command, *keys], env=without_torch, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("reward.weights: must be as many as the functions in reward.fn: 2, not 1")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,17 +27,20 @@ import plain_peft
 import pytest
 import torch
 import transformers
+import yaml
 from conftest import (
     IM_END,
     ROOT,
     SELF_CORRECTION,
     as_from_the_shell,
+    build_data,
     build_model,
     build_tokenizer,
     fork_run,
     no_curves,
     output,
     perturb,
+    teach_format,
     with_keys,
     write_jsonl,
 )
@@ -280,8 +284,10 @@ PAIRS = {
 
 
 @pytest.fixture
-def evaluated(make_policy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict, list]]:
-    """evaluated(pairs, changes) -> event, sample rows of scripted pairs; a text that ends in "..." has no EOS."""
+def evaluated_pairs(
+    make_policy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[dict, list]]:
+    """evaluated_pairs(pairs, changes) -> event, sample rows of scripted pairs; a text that ends in "..." has no EOS."""
 
     def evaluate(pairs: dict[str, tuple[str, str, str]], changes: dict[str, Any] | None = None) -> tuple[dict, list]:
         policy, config = make_policy({"reward.answer_extractor": "gsm8k_hash"} | (changes or {}))
@@ -301,8 +307,8 @@ def evaluated(make_policy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) 
     return lambda pairs, changes=None: evaluate(pairs, room | (changes or {}))
 
 
-def test_the_split_by_hand(evaluated: Callable[..., Any]) -> None:
-    event, samples = evaluated(PAIRS)
+def test_the_split_by_hand(evaluated_pairs: Callable[..., Any]) -> None:
+    event, samples = evaluated_pairs(PAIRS)
     counts = {
         "acc_attempt1": 4,
         "acc_attempt2": 6,
@@ -339,17 +345,17 @@ def test_the_split_by_hand(evaluated: Callable[..., Any]) -> None:
     }  # fmt: skip
 
 
-def test_without_a_wrong_first_attempt_nothing_is_mended_or_repeated(evaluated: Callable[..., Any]) -> None:
-    event, _ = evaluated({name: PAIRS[name] for name in ("right twice", "cut off twice", "no pair, mended")})
+def test_without_a_wrong_first_attempt_nothing_is_mended_or_repeated(evaluated_pairs: Callable[..., Any]) -> None:
+    event, _ = evaluated_pairs({name: PAIRS[name] for name in ("right twice", "cut off twice", "no pair, mended")})
     assert (event["wrong_answered"], event["wrong_mended"], event["wrong_repeated"]) == (0, None, None)
     assert "| 0.000   |        |          |" in train.results_table([event])
 
 
-def test_a_text_that_was_cut_off_is_not_its_own_answer(evaluated: Callable[..., Any]) -> None:
+def test_a_text_that_was_cut_off_is_not_its_own_answer(evaluated_pairs: Callable[..., Any]) -> None:
     """`identity` takes a whole text without a pair for the answer."""
     pairs = {"a": ("7", "<think>5...", "<answer>7</answer>"), "b": ("7", "<answer>6</answer>...", "6"),
              "c": ("7", "7...", "6...")}  # fmt: skip
-    event, samples = evaluated(pairs, {"reward.answer_extractor": "identity"})
+    event, samples = evaluated_pairs(pairs, {"reward.answer_extractor": "identity"})
     assert [row["answer_attempt1"] for row in samples] == ["", "6", ""]
     assert [row["answer_attempt2"] for row in samples] == ["7", "6", ""]
     assert event["unanswered_to_correct"] == event["wrong_answered"] == event["correct_to_unanswered"] == 1 / 3
@@ -380,9 +386,9 @@ MORE_PAIRS = {
 
 @pytest.mark.parametrize("version", ["new", "old", "old, its extractor is gone"])
 def test_samples_name_the_kind_of_each_pair(
-    evaluated: Callable[..., Any], show: Callable[..., Any], tmp_path: Path, version: str
+    evaluated_pairs: Callable[..., Any], show: Callable[..., Any], tmp_path: Path, version: str
 ) -> None:
-    _, rows = evaluated({name: (PAIRS | MORE_PAIRS)[name] for name in KINDS_OF_PAIRS})
+    _, rows = evaluated_pairs({name: (PAIRS | MORE_PAIRS)[name] for name in KINDS_OF_PAIRS})
     if version != "new":
         rows = [{key: value for key, value in row.items() if not key.startswith("answer_")} for row in rows]
         extractor = "gsm8k_hash" if version == "old" else "of_my_own"
@@ -859,6 +865,27 @@ def test_a_run_says_its_steps_and_saved_places(finished: SimpleNamespace) -> Non
     assert finished.errors == ""
 
 
+@pytest.mark.parametrize("interval", [0.0, 300.0])
+def test_results_and_curves_are_renewed_while_a_run_goes_on(
+    tiny_run: Callable[..., list[str]], tmp_path: Path, interval: float  # noqa: F811
+) -> None:
+    def draw(folder: Path) -> None:
+        (folder / "curves.png").write_bytes(b"")
+        with (tmp_path / "drawn").open("a") as stream:
+            print(len(train.read_lines(folder / "metrics.jsonl")), file=stream)
+
+    def before() -> None:
+        train.RENEW_SECONDS, train.draw_curves = interval, draw
+
+    assert train.RENEW_SECONDS == 300
+    keys = ("train.checkpoint_every=null", "train.stage1_epochs=0.5", "train.stage2_epochs=0.5")
+    assert fork_run(tiny_run(tmp_path, "--set", *keys), tmp_path / "log", before) == 0, output(tmp_path / "log")
+    lines = list(map(int, (tmp_path / "drawn").read_text().split()))  # of metrics.jsonl when it was drawn
+    assert lines == (list(range(1, 10)) if interval == 0 else [1, 5, 9]), "else only when an evaluation is done"
+    last = output(tmp_path / "log", "out").splitlines()[-1]
+    assert last.endswith(f" s: {tmp_path / 'run' / 'results.md'}, {tmp_path / 'run' / 'curves.png'}")
+
+
 # ---------------------------------------------------------------------------------------------------------------- W&B
 
 
@@ -1108,6 +1135,104 @@ def test_samples_of_a_real_run_are_shown(finished: SimpleNamespace, show: Callab
     assert sum(int(count) for count, _ in counts) == 6
 
 
+# ------------------------------------------------------------------------------------------------- profile_run --ask
+
+
+def evaluated(folder: Path, checkpoint: str) -> list[dict[str, Any]]:
+    return [row for row in read_jsonl(folder / "samples.jsonl") if row.get("checkpoint") == checkpoint]
+
+
+@pytest.mark.parametrize("checkpoint", ["stage2", "stage1"])
+def test_asking_gives_the_evaluations_answers(
+    finished: SimpleNamespace, show: Callable[..., Any], checkpoint: str
+) -> None:
+    """Several questions, by the last adapter or a given one, without a reward: this one raises on any text."""
+    rows = evaluated(finished.folder, checkpoint)[:3]
+    adapter = ["--adapter", str(finished.folder / checkpoint)] * (checkpoint == "stage1")
+    flags = [*(row["question"] for row in rows), *adapter, "--set", "reward.fn=json.loads"]
+    code, text, errors = show("--ask", str(finished.folder), *flags)
+    assert (code, errors) == (0, "")
+    assert f"with {finished.folder / checkpoint}\n" in text
+    for row, part in zip(rows, text.split("=== question\n")[1:], strict=True):
+        lines = [row["question"]]
+        for n in (1, 2):
+            cut = ", cut off by the budget" if row[f"truncated_attempt{n}"] else ""
+            lines += ["=== correction prompt", SELF_CORRECTION] * (n == 2)
+            lines += [f"=== attempt {n} ({row[f'tokens_attempt{n}']} tokens{cut})", row[f"text_attempt{n}"].strip()]
+        texts = [row[f"text_attempt{n}"].strip() for n in (1, 2)]
+        changed = "nothing" if texts[0] == texts[1] else profile_run.side_by_side(*texts)
+        assert part.startswith("\n".join([*lines, "=== what changed", changed, "=== "]))
+        tokens = row["tokens_attempt1"] + row["tokens_attempt2"]
+        assert re.match(rf"{tokens} tokens in [\d.]+ s: [\d,]+ tokens/s\n", part.rpartition("=== ")[2])
+
+
+@pytest.mark.parametrize("ends", ["", EOFError, KeyboardInterrupt])
+def test_questions_may_be_typed(
+    finished: SimpleNamespace, show: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ends: Any
+) -> None:
+    row = evaluated(finished.folder, "stage2")[0]
+    moved = Path(shutil.copytree(finished.base, tmp_path / "moved"))
+    typed = [f" {row['question'].strip()} ", "1" * 60, "1+1=?", ends, "never asked"]
+    lines = iter(typed)
+
+    def type_in(prompt: str) -> str:
+        line = next(lines)
+        if not isinstance(line, str):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", type_in)
+    code, text, errors = show("--ask", str(finished.folder), "--set", f"model.name={moved}")
+    assert (code, next(lines)) == (0, "never asked")
+    asked = [part.split("\n=== attempt 1")[0] for part in text.split("=== question\n")[1:]]
+    assert asked == [row["question"].strip(), "1+1=?"]
+    assert text.startswith(f"{moved} with ")
+    (line,) = errors.splitlines()
+    assert line.startswith("train.max_prompt_length_attempt1: "), "one that is too long does not end it"
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("no folder", "no such folder"),
+        ("no adapter yet", "no adapter has been saved yet; give one with --adapter DIR"),
+        ("no config", "config.yaml: cannot be read"),
+        ("damaged config", "config.yaml: not valid YAML"),
+        ("a key", "train.learnin_rate: unknown key"),
+        ("no such adapter", "no adapter_config.json there"),
+        ("another rank", "trained with model.lora.r 4, the config says 2"),
+        ("damaged adapter", "cannot be read"),
+        ("no model", "model.name: no tokenizer at "),
+        ("too long", "train.max_prompt_length_attempt1: "),
+    ],
+)
+def test_asking_what_cannot_be_asked_is_one_line(
+    finished: SimpleNamespace, show: Callable[..., Any], tmp_path: Path, fault: str, says: str
+) -> None:
+    folder, flags = tmp_path / "run", ["?" if fault != "too long" else "1" * 60]
+    shutil.copytree(finished.folder, folder)
+    if fault == "no folder":
+        folder = tmp_path / "other"
+    elif fault == "no adapter yet":
+        shutil.rmtree(folder / "stage1")
+        shutil.rmtree(folder / "stage2")
+    elif fault == "no config":
+        (folder / "config.yaml").unlink()
+    elif fault == "damaged config":
+        (folder / "config.yaml").write_text("run_name: [")
+    elif fault == "damaged adapter":
+        os.truncate(folder / "stage2" / "adapter_model.safetensors", 100)
+    elif fault == "no such adapter":
+        flags += ["--adapter", str(tmp_path)]
+    keys = {"a key": "train.learnin_rate=1", "another rank": "model.lora.r=2", "no model": f"model.name={tmp_path}"}
+    flags += ["--set", keys[fault]] if fault in keys else []
+    code, _, errors = show("--ask", str(folder), *flags)
+    assert code == 2
+    (line,) = errors.splitlines()
+    assert says in line
+    assert "--config" not in line and "--resume-adapter" not in line, "a flag of another command"
+
+
 # ------------------------------------------------------------------------------------------------ rewards of one's own
 
 OWN = """
@@ -1199,6 +1324,111 @@ def test_a_reward_of_ones_own_that_raises_is_named(
     assert fork_run(argv, tmp_path / "log", no_curves) == 2
     (line,) = output(tmp_path / "log").splitlines()
     assert line.startswith(f"reward.fn: reward function '{own.fn}' raised ZeroDivisionError")
+
+
+RECORDER = """
+CALLS = []
+
+def record(completions, prompts, completion_ids, right, **columns):
+    CALLS.append((completions, prompts, completion_ids, right, columns))
+    return [None if text == "5" else 1.0 for text in columns["answer"]]
+"""
+
+
+@pytest.mark.parametrize("form", ["conversational", "text"])
+def test_an_unregistered_function_gets_what_trl_gives(
+    make_policy: Callable[..., Any], tmp_path: Path, forgotten: None, form: str
+) -> None:
+    file = tmp_path / "recorder.py"
+    file.write_text(RECORDER)
+    changes = {
+        "reward.module": str(file), "reward.fn": ["record", "exact_match"], "reward.weights": [0.5, 1.0],
+        "reward.columns": {"right": "target_answer"}, "reward.completions": form, "prompts.system": "Add.",
+        "dataset.name": str(tmp_path / "data"), "reward.answer_extractor": "gsm8k_hash",
+    }  # fmt: skip
+    (tmp_path / "data").mkdir()
+    rows = [{"question": f"{i}+2=?", "answer": f"{i} + 2 = {i + 2}\n#### {i + 2}", "level": i} for i in range(4)]
+    for split, part in (("train", rows[:3]), ("test", rows[3:])):
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", part)
+    policy, config = make_policy(changes)
+    examples, _ = train.load_examples(config, policy.tokenizer)
+    attempts = train.roll_out(policy, examples, config, 1.0, "seed")
+    calls = train.load_reward_module(file).CALLS
+    assert len(calls) == 2, "once for each attempt"
+    for attempt, (completions, prompts, completion_ids, right, columns) in zip(attempts, calls, strict=True):
+        assert completion_ids == attempt.completions
+        assert right == columns["target_answer"] == ["2", "3", "4"]
+        assert columns["level"] == [0, 1, 2]
+        assert columns["answer"] == [row["answer"] for row in rows[:3]]
+        assert columns["question"] == [row["question"] for row in rows[:3]]
+        assert attempt.rewards == [0.5 + correct for correct in attempt.correct]
+        if form == "text":
+            assert completions == attempt.texts
+            assert prompts == [policy.tokenizer.decode(prompt) for prompt in attempt.prompts]
+            continue
+        assert completions == [[{"role": "assistant", "content": text}] for text in attempt.texts]
+        for row, prompt in enumerate(prompts):
+            turns = [("system", "Add."), ("user", rows[row]["question"])]
+            if attempt is attempts[1]:
+                turns += [("assistant", attempts[0].texts[row]), ("user", SELF_CORRECTION)]
+            assert prompt == [{"role": role, "content": content} for role, content in turns]
+
+
+def test_registered_rewards_keep_no_columns(make_config: Callable[..., Any]) -> None:
+    config = make_config()
+    examples, _ = train.load_examples(config, train.load_tokenizer(config))
+    assert all(example.columns == {} for example in examples)
+    by_name = make_config({"reward.fn": "trl.rewards.think_format_reward"})
+    others, _ = train.load_examples(by_name, train.load_tokenizer(by_name))
+    assert others[0].columns.keys() == {"question", "answer", "target_answer"}
+    assert train.fingerprint(others) == train.fingerprint(examples), "the rows are the same"
+
+
+def test_trls_rewards_by_configuration_alone(tmp_path: Path) -> None:
+    """accuracy_reward and think_format_reward on rows like GSM8K's, targets with a "$" and a sum before the answer."""
+    answer = "<think></think><answer>\\boxed{{{}}}</answer>"
+    data = build_data(tmp_path / "data", train=24, test=6)
+    model = teach_format(build_model(tmp_path / "model"), data, steps=60, answer=answer)
+    for file in data.glob("*.jsonl"):
+        rows = read_jsonl(file)
+        hard = [row | {"answer": f"It is $5 and ${row['question']}\n#### {row['answer']}"} for row in rows]
+        write_jsonl(file, hard)
+    config = {
+        "run_name": "run",
+        "model": {"name": str(model), "max_seq_length": 160, "gradient_checkpointing": False, "lora": {"r": 4}},
+        "dataset": {"name": str(data), "input_field": "question", "target_field": "answer"},
+        "prompts": {"self_correction": SELF_CORRECTION},
+        "reward": {
+            "fn": ["trl.rewards.accuracy_reward", "trl.rewards.think_format_reward"],
+            "weights": [1.0, 0.2],
+            "columns": {"solution": "target_answer"},
+            "answer_extractor": "gsm8k_hash",
+        },
+        "train": {
+            "stage1_batch_size": 12, "stage2_batch_size": 12, "learning_rate": 0.005, "max_new_tokens_attempt1": 20,
+            "max_new_tokens_attempt2": 20, "max_prompt_length_attempt1": 48, "max_prompt_length_attempt2": 100,
+        },
+        "output": {"dir": str(tmp_path)},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    argv = ["--config", str(tmp_path / "run.yaml")]
+    assert fork_run(argv, tmp_path / "log", no_curves) == 0, output(tmp_path / "log")
+    paid = set()
+    for row in read_jsonl(tmp_path / "run" / "samples.jsonl"):
+        for n in (1, 2):
+            text, reward = row[f"text_attempt{n}"], row[f"reward_attempt{n}"]
+            boxed = re.search(r"\\boxed\{(\d+)\}", text)
+            formatted = text.startswith("<think>") and text.count("<think>") == 1 and "</think>" in text
+            right = bool(boxed) and int(boxed[1]) == int(row["target"].rpartition("#### ")[2])
+            if text.count("boxed") < 2:  # of several, TRL chooses
+                assert reward == pytest.approx(right + 0.2 * formatted), text
+            paid.add(round(reward, 3))
+    assert {0.0, 0.2} <= paid, "a run whose rewards are equal shows nothing"
+    card = (tmp_path / "run" / "stage2" / "README.md").read_text()
+    assert "`trl.rewards.accuracy_reward`, `trl.rewards.think_format_reward`, weighted [1.0, 0.2]" in card
+    again = tmp_path / "again"
+    assert fork_run([*argv, "--resume", "--set", "reward.weights=[1.0, 0.3]"], again) == 2
+    assert "reward.weights [1.0, 0.2] -> [1.0, 0.3]" in output(again), "the weights are mathematics"
 
 
 def test_the_new_task(tmp_path: Path) -> None:

@@ -706,7 +706,101 @@ def test_score_converts_numbers_and_refuses_unknown_names_and_uneven_batches(scr
 def test_the_example_of_the_module_docstring_works(scratch_registry):
     lines = R.__doc__.splitlines()
     example = "\n".join(line[4:] for line in lines if line.startswith("    ")).replace("\\\\n", "\\n")
-    exec(compile(example, "docstring", "exec"), R.__dict__ | {})
+    names = R.__dict__ | {}
+    exec(compile(example, "docstring", "exec"), names)
     last_line = R.ANSWER_EXTRACTORS["last_line"]
     assert last_line("so\n42\n") == "42"
     assert score("short_and_right", ["so\n42", "so\n43", "s" * 500 + "\n42"], ["42"] * 3, last_line) == [1.0, 0.0, 0.5]
+    given = {"completions": chat("so", "<answer>42"), "answer": ["42"] * 2}
+    assert R.score_by_name("tagged", names["tagged"], ["so", "<answer>42"], given) == [0.0, 1.0]
+
+# ---- rewards in TRL's form -------------------------------------------------------------------------------------------
+
+
+def chat(*texts):
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+def test_a_function_in_trls_form_gets_lists_by_name_and_may_say_none():
+    def longer(completions, limit, **columns):
+        assert set(columns) == {"prompts", "answer"}
+        sizes = [len(completion[0]["content"]) for completion in completions]
+        return [None if most is None else size > most for size, most in zip(sizes, limit, strict=True)]
+
+    given = {"prompts": ["?"] * 3, "completions": chat("a", "bb", "ccc"), "limit": [1, None, 1], "answer": ["x"] * 3}
+    rewards = R.score_by_name("longer", longer, ["a", "bb", "ccc"], given)
+    assert rewards == [0.0, None, 1.0] and type(rewards[2]) is float
+
+
+def test_a_function_that_takes_few_arguments_gets_those_alone():
+    given = {"completions": ["a", "bb"], "prompts": ["?", "?"], "answer": ["1", "2"]}
+    assert R.score_by_name("few", lambda completions: [*map(len, completions)], ["a", "bb"], given) == [1.0, 2.0]
+    assert R.score_by_name("none", lambda *, answer: map(float, answer), ["a", "bb"], given) == [1.0, 2.0]
+
+
+def test_a_coroutine_is_waited_for():
+    async def later(completions, **columns):
+        return [float(len(completion)) for completion in completions]
+
+    assert R.score_by_name("later", later, ["a", "bb"], {"completions": ["a", "bb"]}) == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("fn", "says"),
+    [
+        (lambda completions, **c: [1 / (text != "nine") for text in completions], "raised ZeroDivisionError"),
+        (lambda completions, **c: [float("nan") if text == "nine" else None for text in completions], "returned nan"),
+        (lambda completions, **c: ["good" if text == "nine" else 1 for text in completions], "returned 'good'"),
+    ],
+)
+def test_a_bad_function_in_trls_form_is_named_with_the_prediction(fn, says):
+    texts = ["7", "nine", "8"]
+    with pytest.raises(RewardError, match=rf"reward function 'my\.fn' {says}.* '?\[?'nine'"):
+        R.score_by_name("my.fn", fn, texts, {"completions": texts})
+    with pytest.raises(RewardError, match="'my.fn' returned 1 rewards for 3"):
+        R.score_by_name("my.fn", lambda completions: [1.0], texts, {"completions": texts})
+
+
+def test_the_arguments_that_are_missing():
+    def fn(prompts, completions, solution, level=3, *, unit, **columns):
+        return []
+
+    assert R.missing_arguments(fn, ["prompts", "completions", "answer"]) == ["solution", "unit"]
+    assert R.missing_arguments(fn, ["prompts", "completions", "solution", "unit"]) == []
+    assert R.missing_arguments(max, []) == [], "a builtin need not say what it takes"
+
+
+def test_weighted_sums_leave_none_out():
+    parts = [[1.0, None, None, 0.5], [0.5, 0.5, None, 1.0]]
+    assert R.weighted_sum(parts, [1.0, 0.2]) == pytest.approx([1.1, 0.1, 0.0, 0.7])
+    assert R.weighted_sum(parts) == [1.5, 0.5, 0.0, 1.5]
+    assert R.weighted_sum([[0.1, -0.3]]) == [0.1, -0.3]
+
+
+GSM8K_TARGETS = {
+    "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nShe sold 48+24 = <<48+24=72>>72 altogether.\n#### 72": "72",
+    "He pays $5*3=$<<5*3=15>>15 and $20 more.\nThat is $15+$20=$<<15+20=35>>35.\n#### 35": "35",
+    "That makes 10 * 180 = <<10*180=1800>>1800.\n#### 1,800": "1800",
+    "It falls by <<2-5=-3>>3 degrees.\n#### -3": "-3",
+}
+
+
+@pytest.mark.parametrize(("target", "answer"), GSM8K_TARGETS.items())
+def test_trls_accuracy_reward_reads_the_targets_answer_and_a_boxed_output(target, answer):
+    from trl.rewards import accuracy_reward, think_format_reward
+
+    texts = [f"<think>so</think>\n<answer>\\boxed{{{value}}}</answer>" for value in (answer, "17")]
+    given = {"completions": chat(*texts), "solution": [GSM8K(target)] * 2, "answer": [target] * 2}
+    assert R.score_by_name("accuracy", accuracy_reward, texts, given) == [1.0, 0.0]
+    assert [is_correct(text, target, GSM8K) for text in texts] == [True, False], "and so does the extractor"
+    assert R.score_by_name("format", think_format_reward, texts, given) == [1.0, 1.0]
+    assert R.score_by_name("format", think_format_reward, ["so"], {"completions": chat("so")}) == [0.0]
+
+
+def test_trls_accuracy_reward_says_none_where_it_cannot_read_the_target():
+    from trl.rewards import accuracy_reward
+
+    given = {"completions": chat("\\boxed{x}", "\\boxed{7}"), "solution": ["Paris", "7"]}
+    parts = [R.score_by_name("accuracy", accuracy_reward, ["", ""], given), [1.0, 1.0]]
+    assert parts[0] == [None, 1.0]
+    assert R.weighted_sum(parts, [1.0, 0.5]) == [0.5, 1.5]

@@ -656,6 +656,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(interrupted: SimpleNamespace) -> Non
     step = max(line["step"] for line in events(interrupted.folder) if line["event"] == "train")
     assert step < STEPS
     assert (interrupted.folder / "stage1" / f"step_{step}" / "state.json").exists()
+    seen = [interrupted.folder / name for name in ("results.md", "curves.png")]
+    assert f"So far: {seen[0]}, {seen[1]}." in interrupted.done.stderr
+    assert all(file.exists() for file in seen)
     command = interrupted.done.stderr.strip().rpartition("Continue with: ")[2]
     assert shlex.split(command) == ["python", "train.py", *interrupted.argv, "--resume"]
 
