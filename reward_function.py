@@ -431,6 +431,13 @@ def format_and_match(predictions: list[str], targets: list[str], extract: Extrac
     ]
 
 
+@register_reward("format_only")
+def format_only(predictions: list[str], targets: list[str], extract: Extractor) -> list[float]:
+    """0.5 for a <think>...</think> pair, 0.5 for exactly one <answer>...</answer> pair with something in it, right or
+    wrong: for a short warm-up that teaches a model the format before SCoRe begins."""
+    return [0.5 * has_pair(p, "think") + 0.5 * (has_one_pair(p, "answer") and answer_tag(p) != "") for p in predictions]
+
+
 @register_reward("strict_format_and_match")
 def strict_format_and_match(predictions: list[str], targets: list[str], extract: Extractor) -> list[float]:
     """0.5 if the whole output is a <think> block and an <answer> block, 0.5 for a correct answer."""

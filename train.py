@@ -168,6 +168,7 @@ class DatasetConfig(Section):
     input_field: str = Field(min_length=1)
     target_field: str = Field(min_length=1)
     test_split_size: int | None = Field(None, ge=1)
+    skip_faulty_rows: bool = False
 
 
 class WorkedExample(Section):
@@ -983,25 +984,38 @@ def read_rows(rows: Any, split: str, config: Config) -> list[tuple[str, str, dic
         if column not in rows.column_names:
             raise UserError(f"dataset.{key}: no column {column!r} in {wanted.name} ({split}); it has "
                             f"{', '.join(rows.column_names)}{did_you_mean(column, rows.column_names)}")
-    pairs = []
+    pairs, kept, faults = [], [], []
     for number, (question, target) in enumerate(zip(rows[wanted.input_field], rows[wanted.target_field], strict=True)):
-        row = f"row {number} of {split} in {wanted.name}"
         if isinstance(target, (int, float)) and not isinstance(target, bool):
             target = str(target)
-        for key, text in (("input_field", question), ("target_field", target)):
-            if not isinstance(text, str):
-                what = "null" if text is None else f"a {type(text).__name__}"
-                raise UserError(f"dataset.{key}: {row} is {what}, not text; mend or remove the row")
-            if not text.strip():
-                raise UserError(f"dataset.{key}: {row} is empty; mend or remove the row")
-        if not is_correct(target, target, extract):
-            raise UserError(f"dataset.target_field: {row}: {config.reward.answer_extractor} finds no answer in "
-                            f"{target[-60:]!r}; mend the row or choose another reward.answer_extractor")
-        pairs.append((question, target))
+        if fault := row_fault(question, target, extract, f"row {number} of {split} in {wanted.name}", config):
+            if not wanted.skip_faulty_rows:
+                raise UserError(f"{fault}, or leave such rows out with dataset.skip_faulty_rows=true")
+            faults.append(fault)
+        else:
+            pairs.append((question, target))
+            kept.append(number)
+    if faults:
+        say(f"Warning: {len(faults)} of {len(rows)} {split} rows are faulty and left out; the first: {faults[0]}.")
+        rows = rows.select(kept)
     if not pairs:
         raise UserError(f"dataset.name: {wanted.name} has no {split} rows")
     columns = reward_columns(rows, [target for _, target in pairs], split, config)
     return [(*pair, named) for pair, named in zip(pairs, columns, strict=True)]
+
+
+def row_fault(question: Any, target: Any, extract: Callable, row: str, config: Config) -> str | None:
+    """What is wrong with a row, called `row`, and the mend; None if nothing is."""
+    for key, text in (("input_field", question), ("target_field", target)):
+        if not isinstance(text, str):
+            what = "null" if text is None else f"a {type(text).__name__}"
+            return f"dataset.{key}: {row} is {what}, not text; mend or remove the row"
+        if not text.strip():
+            return f"dataset.{key}: {row} is empty; mend or remove the row"
+    if not is_correct(target, target, extract):
+        return (f"dataset.target_field: {row}: {config.reward.answer_extractor} finds no answer in {target[-60:]!r}; "
+                "mend the row or choose another reward.answer_extractor")
+    return None
 
 
 def reward_columns(rows: Any, targets: list[str], split: str, config: Config) -> list[dict[str, Any]]:

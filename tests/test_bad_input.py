@@ -144,6 +144,7 @@ BILLIONS = yaml.safe_dump({k: v for k, v in CONFIG.items() if k != "train"}) + "
     f"- &{after} [{', '.join([f'*{name}'] * 9)}]\n" for name, after in zip("abcdefghij", "bcdefghijk", strict=True)
 )
 
+SKIP = ", or leave such rows out with dataset.skip_faulty_rows=true"
 CASES = [
     # ---- the config file
     Case("config missing", [
@@ -446,26 +447,26 @@ CASES = [
     ], prepare=lambda: (remove("data/train.jsonl")(),
                                                  write("data/train.parquet", b"PAR1" + bytes(90))())),
     Case("question a list", [
-        "dataset.input_field: row 0 of train in data is a list, not text; mend or remove the row",
+        "dataset.input_field: row 0 of train in data is a list, not text; mend or remove the row" + SKIP,
     ], prepare=rows({"question": ["q"], "answer": "1"}, good=0)),
     Case("question null", [
-        "dataset.input_field: row 12 of train in data is null, not text; mend or remove the row",
+        "dataset.input_field: row 12 of train in data is null, not text; mend or remove the row" + SKIP,
     ], prepare=rows({"question": None, "answer": "1"})),
     Case("question empty", [
-        "dataset.input_field: row 12 of train in data is empty; mend or remove the row",
+        "dataset.input_field: row 12 of train in data is empty; mend or remove the row" + SKIP,
     ], prepare=rows({"question": " ", "answer": "1"})),
     Case("target null", [
-        "dataset.target_field: row 12 of train in data is null, not text; mend or remove the row",
+        "dataset.target_field: row 12 of train in data is null, not text; mend or remove the row" + SKIP,
     ], prepare=rows({"question": "q", "answer": None})),
     Case("target empty", [
-        "dataset.target_field: row 3 of test in data is empty; mend or remove the row",
+        "dataset.target_field: row 3 of test in data is empty; mend or remove the row" + SKIP,
     ], prepare=rows({"question": "q", "answer": ""}, split="test", good=3)),
     Case("target a truth", [
-        "dataset.target_field: row 0 of train in data is a bool, not text; mend or remove the row",
+        "dataset.target_field: row 0 of train in data is a bool, not text; mend or remove the row" + SKIP,
     ], prepare=rows({"question": "q", "answer": True}, good=0)),
     Case("target without answer", [
         "dataset.target_field: row 0 of train in data: gsm8k_hash finds no answer in '2'; mend the row or choose "
-        "another reward.answer_extractor",
+        "another reward.answer_extractor" + SKIP,
     ], {"reward.answer_extractor": "gsm8k_hash"}, prepare=rows()),
     Case("fewer rows than a batch", [
         "train.stage2_batch_size: 30 is more than the 24 train examples; lower it",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
-from conftest import write_jsonl
+from conftest import PLAIN_TEMPLATE, STRIPPING_TEMPLATE, THINKING_TEMPLATE, build_model, write_jsonl
 
 import train
 
@@ -194,3 +196,77 @@ def test_fewer_rows_than_a_batch(make_config: Callable[..., Any]) -> None:
         train.stage_batches(2, 24, config)
     assert len(train.stage_batches(1, 24, config)) == 3
     assert train.stage_batches(2, 24, make_config({"train.stage2_batch_size": 30, "train.stage2_epochs": 0})) == []
+
+
+def test_faulty_rows_are_left_out_where_the_config_says_so(
+    make_config: Callable[..., Any], data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "faulty"
+    shutil.copytree(data_dir, folder)
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    rows[3]["answer"], rows[5]["question"] = "", " "
+    write_jsonl(folder / "train.jsonl", rows)
+    config = make_config({"dataset.name": str(folder)})
+    tokenizer = train.load_tokenizer(config)
+    with pytest.raises(train.UserError, match="row 3 of train .* is empty.*dataset.skip_faulty_rows"):
+        train.load_examples(config, tokenizer)
+    config.dataset.skip_faulty_rows = True
+    examples, _ = train.load_examples(config, tokenizer)
+    assert [e.question for e in examples] == [row["question"] for i, row in enumerate(rows) if i not in (3, 5)]
+    assert "2 of 24 train rows are faulty and left out; the first: dataset.target_field: row 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("template", [PLAIN_TEMPLATE, STRIPPING_TEMPLATE, THINKING_TEMPLATE])
+@pytest.mark.parametrize("system", ["", "Add."])
+def test_worked_examples_are_earlier_turns_of_both_prompts_verbatim(
+    make_policy: Callable[..., Any], tmp_path: Path, template: str, system: str
+) -> None:
+    """Also where the template cuts the reasoning out of earlier turns; and attempt 2 sees them too."""
+    if not system:  # a template that has no such role
+        template = "{%- if messages[0].role == 'system' -%}{{ raise_exception('no system') }}{%- endif -%}" + template
+    reasoned = {"input": "1+1=?", "output": "<think>one more</think><answer>2</answer>"}
+    shown = [reasoned, {"input": "2+2=?", "output": "4"}]
+    room = {"max_prompt_length_attempt1": 200, "max_prompt_length_attempt2": 300}
+    policy, config = make_policy({
+        "model.name": str(build_model(tmp_path / "model", template=template)),
+        "prompts.examples": shown, "prompts.system": system,
+        "model.max_seq_length": 320, **{f"train.{key}": value for key, value in room.items()},
+    })
+    examples, _ = train.load_examples(config, policy.tokenizer)
+    first, second = (a.prompts[0] for a in train.roll_out(policy, examples[:1], config, 1.0, "seed"))
+    turn = "<|im_start|>{}\n{}<|im_end|>\n".format
+    expected = turn("system", system) * bool(system) + "".join(
+        turn("user", example["input"]) + f"<|im_start|>assistant\n{example['output']}<|im_end|>\n" for example in shown
+    ) + turn("user", examples[0].question) + "<|im_start|>assistant\n"
+    text = policy.tokenizer.decode(first)
+    if not template.endswith(THINKING_TEMPLATE):
+        assert text == expected
+    for example in shown:
+        assert text.count(example["output"]) == 1
+    assert second[: len(first)] == first
+    assert "one more" not in policy.tokenizer.decode(policy.bridge)
+
+
+def test_worked_examples_count_against_the_budget(make_config: Callable[..., Any]) -> None:
+    config = make_config({"prompts.examples": [{"input": "1+1=?", "output": "2" * 60}]})
+    with pytest.raises(train.UserError, match="max_prompt_length_attempt1: all 24 train prompts are longer"):
+        train.load_examples(config, train.load_tokenizer(config))
+
+
+def test_a_template_that_loses_earlier_turns_is_refused_examples(make_config: Callable[..., Any]) -> None:
+    last_only = PLAIN_TEMPLATE.replace("in messages", "in messages[-1:]")
+    config = make_config({"prompts.examples": [{"input": "1+1=?", "output": "2"}], "model.chat_template": last_only})
+    with pytest.raises(train.UserError, match="^prompts.examples: "):
+        train.load_examples(config, train.load_tokenizer(config))
+
+
+@pytest.mark.parametrize(("examples", "key"), [
+    ([{"input": "1+1=?"}], "prompts.examples.0.output: required"),
+    ([{"input": "1+1=?", "output": ""}], "prompts.examples.0.output: "),
+    ([{"input": "1+1=?", "outptu": "2", "output": "2"}], "prompts.examples.0.outptu: unknown key"),
+    ({"input": "1+1=?"}, "prompts.examples: "),
+])
+def test_faulty_worked_examples_are_named(make_config: Callable[..., Any], examples: Any, key: str) -> None:
+    with pytest.raises(train.UserError) as error:
+        make_config({"prompts.examples": examples})
+    assert str(error.value).startswith(key), error.value
