@@ -213,7 +213,8 @@ def test_faulty_rows_are_left_out_where_the_config_says_so(
     config.dataset.skip_faulty_rows = True
     examples, _ = train.load_examples(config, tokenizer)
     assert [e.question for e in examples] == [row["question"] for i, row in enumerate(rows) if i not in (3, 5)]
-    assert "2 of 24 train rows are faulty and left out; the first: dataset.target_field: row 3" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 of 24 train rows are faulty and left out; the first: dataset.target_field: row 3" in said
 
 
 @pytest.mark.parametrize("template", [PLAIN_TEMPLATE, STRIPPING_TEMPLATE, THINKING_TEMPLATE])
