@@ -321,8 +321,8 @@ def main() -> int:
     parser.add_argument("--config", help="the config to measure")
     parser.add_argument("--samples", type=Path, metavar="RUN_DIR", help="print a run's corrections instead")
     parser.add_argument("--checkpoint", help="with --samples: pretrain, stage1 or stage2; the last one if not given")
-    parser.add_argument("--ask", nargs="+", metavar=("RUN_DIR", "QUESTION"),
-                        help="put questions to a run's last adapter instead; without one they are typed in")
+    parser.add_argument("--ask", type=Path, metavar="RUN_DIR", help="put questions to a run's last adapter instead")
+    parser.add_argument("question", nargs="*", help="with --ask; without one they are typed in")
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="with --ask: any other saved adapter")
     parser.add_argument("--show", type=int, default=3, help="with --samples: pairs of each kind")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.SUB=VALUE", help="override keys")
@@ -334,7 +334,9 @@ def main() -> int:
     if args.samples:
         return show_samples(args.samples, args.checkpoint, args.show)
     if args.ask:
-        return ask(Path(args.ask[0]), args.ask[1:], args.adapter, args.set)
+        return ask(args.ask, args.question, args.adapter, args.set)
+    if args.question or args.adapter:
+        parser.error("questions and --adapter go with --ask RUN_DIR")
     if not args.config:
         parser.error("--config FILE is needed, or --samples RUN_DIR, or --ask RUN_DIR")
     if args.n < 2 or args.tokens < 1 or min(args.decode or [1]) < 1:

@@ -1149,7 +1149,7 @@ def test_asking_gives_the_evaluations_answers(
     """Several questions, by the last adapter or a given one, without a reward: this one raises on any text."""
     rows = evaluated(finished.folder, checkpoint)[:3]
     adapter = ["--adapter", str(finished.folder / checkpoint)] * (checkpoint == "stage1")
-    flags = [*(row["question"] for row in rows), *adapter, "--set", "reward.fn=json.loads"]
+    flags = [*adapter, *(row["question"] for row in rows), "--set", "reward.fn=json.loads"]
     code, text, errors = show("--ask", str(finished.folder), *flags)
     assert (code, errors) == (0, "")
     assert f"with {finished.folder / checkpoint}\n" in text
