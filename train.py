@@ -1848,7 +1848,10 @@ def reward_arguments(
         shown = policy.tokenizer.batch_decode(prompts, clean_up_tokenization_spaces=False)
         return columns | {"prompts": shown, "completions": texts, "completion_ids": completions}
     message = lambda role, content: [{"role": role, "content": content}] if content else []  # noqa: E731
-    chats = [message("system", config.prompts.system) + message("user", example.question) for example in examples]
+    opening = message("system", config.prompts.system)
+    for shown in config.prompts.examples:
+        opening += message("user", shown.input) + message("assistant", shown.output)
+    chats = [opening + message("user", example.question) for example in examples]
     for attempt in earlier:
         chats = [chat + message("assistant", text) + message("user", config.prompts.self_correction)
                  for chat, text in zip(chats, attempt.texts, strict=True)]
