@@ -21,12 +21,18 @@ import statistics
 import sys
 import textwrap
 import time
-from contextlib import suppress
+from collections import Counter
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from unittest import mock
 
 REPEATS = 3
+CARDS = {  # dense bf16 TFLOP/s and memory TB/s by their data sheets; the first name found in the device's counts
+    "H200": (989, 4.8), "H100 PCIe": (756, 2.0), "H100 NVL": (835, 3.9), "H100": (989, 3.35), "A100": (312, 2.0),
+    "L40S": (362, 0.864), "RTX 4090": (165, 1.01), "RTX 3090": (71, 0.936),
+}  # fmt: skip
 
 
 def percentiles(values: list[int]) -> str:
@@ -89,12 +95,16 @@ def peak_memory(train) -> float:
 
 def timed(train, work) -> tuple[float, object]:
     """Seconds of work(), the device waited for, and its result."""
-    synchronize = __import__("torch").cuda.synchronize if train.DEVICE.type == "cuda" else (lambda: None)
-    synchronize()
-    start = time.perf_counter()
+    start = now(train)
     result = work()
-    synchronize()
-    return time.perf_counter() - start, result
+    return now(train) - start, result
+
+
+def now(train) -> float:
+    """Seconds on a clock, read when the device has done all it was given."""
+    if train.DEVICE.type == "cuda":
+        __import__("torch").cuda.synchronize()
+    return time.perf_counter()
 
 
 def time_rollout(train, policy, examples, config, name: str) -> tuple[float, list]:
@@ -152,6 +162,112 @@ def time_decoding(train, policy, examples, sizes: list[int], new_tokens: int, na
     policy.eos_token_ids, policy.engine = eos, engine
     if policy.decoder:
         policy.decoder.eos.copy_(held)
+
+
+def split_step(train, policy, optimizer, step) -> tuple[dict[str, float], Counter]:
+    """Runs step(): seconds by part, the device waited for around each, which sum to the whole; and by part the tokens
+    that went through the model, pads left out (token steps are not counted)."""
+    import torch
+
+    seconds, tokens, running = Counter(), Counter(), ["the rest"]
+    backbone = getattr(policy.model.get_base_model(), policy.model.get_base_model().base_model_prefix)
+
+    def lap() -> None:
+        nonlocal since
+        since, before = now(train), since
+        seconds[running[-1]] += since - before
+
+    def watch(owner, attribute: str, name) -> None:
+        function = getattr(owner, attribute)
+
+        def watched(*args, **kwargs):
+            lap()
+            running.append(name(args))
+            try:
+                return function(*args, **kwargs)
+            finally:
+                lap()
+                running.pop()
+
+        stack.enter_context(mock.patch.object(owner, attribute, watched))
+
+    def prefill(args) -> str:
+        tokens["prefill"] += sum(map(len, args[1]))
+        return "prefill"
+
+    def count(_module, _args, given) -> None:
+        tokens[running[-1]] += int((given["input_ids"] != policy.pad_token_id).sum())
+
+    with ExitStack() as stack:
+        if policy.decoder:
+            watch(train.Decoder, "_prefill", prefill)
+            watch(train.Decoder, "_continue", lambda _: "token steps")
+        else:
+            watch(train, "sample", lambda _: "sampling")
+        watch(train, "grade", lambda _: "grading")
+        watch(train, "completion_log_probs",
+              lambda _: "policy forward" if torch.is_grad_enabled() else "reference forward")
+        watch(torch.Tensor, "backward", lambda _: "backward")
+        watch(optimizer, "step", lambda _: "optimizer")
+        stack.callback(backbone.register_forward_pre_hook(count, with_kwargs=True).remove)
+        since = now(train)
+        step()
+        lap()
+    return seconds, tokens
+
+
+def least_seconds(policy, attempts, tokens: Counter, tflops: float, terabytes: float) -> dict[str, float]:
+    """What each part must take: the FLOPs of its matrix products at the card's peak; for the token steps the weights
+    and the K/V that each reads. Left out: attention's own products and LoRA's, a few percent of short rows."""
+    import torch
+
+    model, config, head = policy.model.get_base_model(), policy.model.config, policy.model.get_output_embeddings()
+    linears = [module for name, module in model.named_modules()
+               if isinstance(module, torch.nn.Linear) and "lora_" not in name and module is not head]
+    body, top = sum(m.in_features * m.out_features for m in linears), head.weight.numel()
+    made = sum(len(c) for a in attempts for c in a.completions)
+    recomputed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    flops = {  # a LoRA's backward pass has the products of a forward one: base weights have no gradient
+        "prefill": 2 * body * tokens["prefill"],
+        "reference forward": 2 * body * tokens["reference forward"] + 2 * top * made,
+        "policy forward": 2 * body * tokens["policy forward"] + 4 * top * made,  # the head's gradient is made with it
+        "backward": 2 * body * tokens["policy forward"] * (2 if recomputed else 1),
+    }
+    steps = sum(max(map(len, a.completions)) - 1 for a in attempts)
+    weights = sum(m.weight.numel() * m.weight.element_size() for m in [*linears, head])
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * head.weight.element_size()
+    read = sum(len(c) * (len(p) + len(c) / 2) for a in attempts
+               for p, c in zip(a.prompts, a.completions, strict=True))
+    limits = {part: count / tflops / 1e12 for part, count in flops.items()}
+    return limits | {"token steps": (steps * weights + read * slot) / terabytes / 1e12}
+
+
+def print_split(train, policy, optimizer, examples, config, card: str) -> None:
+    """A Stage II step part by part, each beside its limit on a card of CARDS: the median one of REPEATS, each with
+    samples of its own. (One alone may start the grader's worker; the same samples again would be graded from a cache.)
+    """
+    runs = []
+    for i in range(REPEATS):
+        attempts = []
+
+        def step(attempts=attempts, seed=f"profile/split/{i}") -> None:
+            attempts += train.roll_out(policy, examples, config, config.train.generation_temperature, seed)
+            train.improve(policy, optimizer, attempts, 2, config)
+
+        runs.append((*split_step(train, policy, optimizer, step), attempts))
+    seconds, tokens, attempts = sorted(runs, key=lambda run: sum(run[0].values()))[REPEATS // 2]
+    tflops, terabytes = next((figures for name, figures in CARDS.items() if name in card), (None, None))
+    limits = least_seconds(policy, attempts, tokens, tflops, terabytes) if tflops else {}
+    total = sum(seconds.values())
+    print(f"\nWhere it goes: the median of {REPEATS} more, the device waited for around each part, so a little slower")
+    for part in [*(part for part in seconds if part != "the rest"), "the rest"]:
+        limit = f"   limit {limits[part]:.3f} s" if part in limits else ""
+        print(f"  {part:<18} {seconds[part]:>9.3f} s {seconds[part] / total:>5.0%}{limit}")
+    print(f"  {'step':<18} {total:>9.3f} s")
+    if limits:
+        print(f"Limits: matrix products at {tflops} TFLOP/s (attention's own left out), in token steps weights and K/V "
+              f"read at {terabytes} TB/s")
 
 
 KINDS = (
@@ -379,6 +495,7 @@ def main() -> int:
     print(f"{'update, both attempts and the reference':<42} {len(examples):>5} rows {tokens / update:>9,.0f} tokens/s "
           f"{update:>31.2f} s (first {first:.2f} s) {peak_memory(train):>7.2f} GiB")
     print(f"one Stage II step: {total:.2f} s, rollout {rollout / total:.0%}, update {update / total:.0%}")
+    print_split(train, policy, optimizer, examples, config, card)
     if args.compare and policy.engine:  # last: the decoder moves the weights, so that there are two copies of them
         reason = train.why_not_decodable(policy.model)
         if reason:

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -1016,6 +1017,105 @@ def test_a_failing_wandb_never_stops_a_run(
     assert line.endswith("the server is gone") or (what == "import" and "wandb" in line)
     assert (tmp_path / "run" / "stage1" / "state.json").exists()
     assert len(fake_wandb.logged) == (6 if what == "finish" else 0)
+
+
+# ---------------------------------------------------------------------------------------------- profile_run's split
+
+PARTS = (
+    "prefill", "token steps", "grading", "reference forward", "policy forward", "backward", "optimizer", "the rest",
+)  # fmt: skip
+
+
+@pytest.fixture
+def split(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, str]]:
+    """split(*overrides) -> the lines of one small profile_run.py by part, "step" the whole."""
+
+    def run(*overrides: str) -> dict[str, str]:
+        flags = ["--config", "configs/tiny.yaml", "--n", "4", "--set", "model.decoder=auto", *overrides]
+        monkeypatch.setattr(sys, "argv", ["profile_run.py", *flags])
+        assert profile_run.main() == 0
+        printed = capsys.readouterr().out
+        lines = printed.split("Where it goes")[1].split("\n\n")[0].splitlines()[1:]
+        return {re.split(r"\s{2,}", line.strip())[0]: line for line in lines}
+
+    return run
+
+
+def seconds_of(line: str) -> float:
+    return float(re.search(r"(\d+\.\d{3}) s", line)[1])
+
+
+def test_a_steps_parts_sum_to_the_step(split: Callable[..., dict[str, str]]) -> None:
+    before = (train.grade, train.completion_log_probs, train.Decoder._prefill, torch.Tensor.backward)
+    lines = split()
+    assert set(lines) == {*PARTS, "step"}, "and no limits: a CPU is no card that we know"
+    assert "limit" not in "".join(lines.values())
+    parts = {part: seconds_of(lines[part]) for part in PARTS}
+    assert sum(parts.values()) == pytest.approx(seconds_of(lines["step"]), abs=0.0005 * (len(PARTS) + 1))
+    assert min(parts[part] for part in ("prefill", "token steps", "policy forward", "backward")) > 0
+    assert before == (train.grade, train.completion_log_probs, train.Decoder._prefill, torch.Tensor.backward)
+
+
+def test_without_the_decoder_sampling_is_one_part(split: Callable[..., dict[str, str]]) -> None:
+    assert set(split("model.decoder=generate")) == {*PARTS, "sampling", "step"} - {"prefill", "token steps"}
+
+
+def test_what_is_paid_once_is_not_a_steps(
+    monkeypatch: pytest.MonkeyPatch, split: Callable[..., dict[str, str]]
+) -> None:
+    """As when an answer starts the grader's worker: the first of the split's own steps takes longer, no later one."""
+    grade, calls = train.grade, []
+    watched = profile_run.split_step
+
+    def slow_once(*args: Any) -> Any:
+        if not calls:
+            time.sleep(0.5)
+        calls.append(1)
+        return grade(*args)
+
+    def splitting(*args: Any) -> Any:
+        monkeypatch.setattr(train, "grade", slow_once)
+        return watched(*args)
+
+    monkeypatch.setattr(profile_run, "split_step", splitting)
+    assert seconds_of(split()["grading"]) < 0.25
+    assert len(calls) == 2 * profile_run.REPEATS
+
+
+def test_parts_nest_and_an_error_leaves_nothing_watched() -> None:
+    """A part inside another counts once, for the inner one; what the step raises comes through."""
+    model = torch.nn.Linear(1, 1)
+    model.base_model_prefix, model.model = "model", torch.nn.Identity()
+    inner, policy = train.grade, SimpleNamespace(decoder=None, model=SimpleNamespace(get_base_model=lambda: model))
+    optimizer = SimpleNamespace(step=lambda: (time.sleep(0.1), train.grade([], [], None)))
+
+    def fails() -> None:
+        raise ValueError("in the step")
+
+    seconds, _ = profile_run.split_step(train, policy, optimizer, lambda: optimizer.step())
+    assert seconds["optimizer"] >= 0.1 > seconds["grading"] > 0
+    with pytest.raises(ValueError, match="in the step"):
+        profile_run.split_step(train, policy, optimizer, fails)
+    assert train.grade is inner
+
+
+def test_limits_by_hand() -> None:
+    """One linear layer of 6 x 4, a head of 10 x 6; two attempts of two rows."""
+    body = torch.nn.Module()
+    body.layer, body.lora_A, body.head = (torch.nn.Linear(*n, bias=False) for n in ((6, 4), (6, 2), (6, 10)))
+    config = SimpleNamespace(num_hidden_layers=3, num_key_value_heads=2, num_attention_heads=4, hidden_size=20)
+    model = SimpleNamespace(get_base_model=lambda: body, config=config, get_output_embeddings=lambda: body.head)
+    attempts = [SimpleNamespace(prompts=[[1] * 5, [1] * 7], completions=[[2] * 4, [2] * 6])] * 2
+    tokens = {"prefill": 11, "reference forward": 40, "policy forward": 40}
+    limits = profile_run.least_seconds(SimpleNamespace(model=model), attempts, tokens, 1e-12, 1e-12)
+    steps, kv = 2 * 5, 2 * (4 * (5 + 2) + 6 * (7 + 3)) * (2 * 3 * 2 * 5 * 4)
+    assert limits == pytest.approx({
+        "prefill": 2 * 24 * 11, "reference forward": 2 * 24 * 40 + 2 * 60 * 20,
+        "policy forward": 2 * 24 * 40 + 4 * 60 * 20, "backward": 2 * 24 * 40, "token steps": steps * 84 * 4 + kv,
+    })  # fmt: skip
+    body.gradient_checkpointing = True
+    again = profile_run.least_seconds(SimpleNamespace(model=model), attempts, tokens, 1e-12, 1e-12)
+    assert again["backward"] == pytest.approx(2 * limits["backward"])
 
 
 # --------------------------------------------------------------------------------------------- profile_run --samples
