@@ -739,7 +739,7 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
     return policy
 
 
-ENOUGH_TOKENS = 8192  # a micro-batch of as many keeps a card busy
+ENOUGH_TOKENS = 8192  # a micro-batch of as many keeps a card busy: more would take memory, and no less time
 
 
 def keep_activations_if_they_fit(policy: Policy, for_training: Callable, longest: int) -> None:
@@ -760,8 +760,8 @@ def keep_activations_if_they_fit(policy: Policy, for_training: Callable, longest
     if fits < max(longest, min(ENOUGH_TOKENS, policy.micro_tokens)):
         policy.for_training = recompute
         recompute()
-    else:  # a power of two: the same on every start with about as much free memory
-        policy.recompute, policy.micro_tokens = recompute, min(policy.micro_tokens, 1 << (fits.bit_length() - 1))
+    else:
+        policy.recompute, policy.micro_tokens = recompute, min(policy.micro_tokens, max(longest, ENOUGH_TOKENS))
 
 
 def lora_settings(config: Config) -> dict[str, Any]:
