@@ -172,6 +172,7 @@ class DatasetConfig(Section):
 
 
 class WorkedExample(Section):
+    model_config = ConfigDict(str_strip_whitespace=True)
     input: str = Field(min_length=1)
     output: str = Field(min_length=1)
 
@@ -1054,31 +1055,31 @@ def encode_rows(rows: list[tuple], split: str, config: Config, tokenizer: Any) -
     return examples
 
 
-def chat_text(tokenizer: Any, config: Config, turns: list[dict[str, str]]) -> str:
-    """The chat template's text of system prompt, worked examples (earlier turns) and `turns`, open for the assistant to
-    write. Raises UserError.
+def example_turns(prompts: PromptsConfig) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for example in prompts.examples
+            for role, text in (("user", example.input), ("assistant", example.output))]
 
-    A marker holds each example's place in the template, which may cut the reasoning out of earlier turns."""
-    prompts, markers = config.prompts, {}
-    system = [{"role": "system", "content": prompts.system}] if prompts.system else []
-    shown = []
-    for number, example in enumerate(prompts.examples, 1):
-        marker = f"EXAMPLE{number}STANDSHERE"
-        markers[marker] = example.output
-        shown += [{"role": "user", "content": example.input}, {"role": "assistant", "content": marker}]
+
+def chat_text(tokenizer: Any, config: Config, turns: list[dict[str, str]]) -> str:
+    """The chat template's text of system prompt + worked examples + `turns`, open for the assistant to write.
+
+    The examples stand there verbatim, also where the template cuts the reasoning out of earlier turns: it renders a
+    marker in the place of each of their texts. Raises UserError."""
+    system = [{"role": "system", "content": config.prompts.system}] if config.prompts.system else []
+    worked = example_turns(config.prompts)
+    texts = {f"WORKEDEXAMPLETURN{number}STANDSHERE": turn["content"] for number, turn in enumerate(worked)}
+    marked = [turn | {"content": marker} for turn, marker in zip(worked, texts, strict=True)]
     try:
         text = tokenizer.apply_chat_template(
-            system + shown + turns, tokenize=False, add_generation_prompt=True, **config.model.chat_template_kwargs
+            system + marked + turns, tokenize=False, add_generation_prompt=True, **config.model.chat_template_kwargs
         )
     except Exception as error:  # templates raise what they like
         key = "prompts.system" if system and "system" in str(error).lower() else "model.chat_template"
         raise UserError(f"{key}: the chat template of {config.model.name} refuses it: {first_line(error)}") from None
-    for marker, output in markers.items():
-        if text.count(marker) != 1:
-            raise UserError("prompts.examples: the chat template does not render earlier assistant turns exactly once; "
-                            "write the examples into prompts.system")
-        text = text.replace(marker, output)
-    return text
+    if any(text.count(marker) != 1 for marker in texts):
+        raise UserError(f"prompts.examples: the chat template of {config.model.name} does not render each of their "
+                        "turns exactly once; write the examples into prompts.system")
+    return re.sub("|".join(texts), lambda marker: texts[marker[0]], text) if texts else text
 
 
 def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
@@ -1848,9 +1849,7 @@ def reward_arguments(
         shown = policy.tokenizer.batch_decode(prompts, clean_up_tokenization_spaces=False)
         return columns | {"prompts": shown, "completions": texts, "completion_ids": completions}
     message = lambda role, content: [{"role": role, "content": content}] if content else []  # noqa: E731
-    opening = message("system", config.prompts.system)
-    for shown in config.prompts.examples:
-        opening += message("user", shown.input) + message("assistant", shown.output)
+    opening = message("system", config.prompts.system) + example_turns(config.prompts)
     chats = [opening + message("user", example.question) for example in examples]
     for attempt in earlier:
         chats = [chat + message("assistant", text) + message("user", config.prompts.self_correction)
@@ -2859,6 +2858,9 @@ def model_card(config: Config, evals: list[dict[str, Any]], folder: Path) -> str
     reward = ", ".join(f"`{name}`" for name in config.reward.names)
     reward += f", weighted {config.reward.weights}," if config.reward.weights else ""
     system = f"System prompt:\n\n```\n{config.prompts.system}\n```\n\n" if config.prompts.system else ""
+    turns = json.dumps(example_turns(config.prompts), indent=1, ensure_ascii=False)
+    examples = ("Worked examples, sent before the problem as earlier turns, with their reasoning also where the chat "
+                f"template would cut it:\n\n```json\n{turns}\n```\n\n" if config.prompts.examples else "")
     return f"""---
 {metadata.to_yaml()}
 ---
@@ -2877,7 +2879,7 @@ from transformers import AutoTokenizer
 model, tokenizer = AutoPeftModelForCausalLM.from_pretrained("{where}"), AutoTokenizer.from_pretrained("{where}")
 ```
 
-{system}Sent after the first answer (as the token ids it came in, not encoded anew), to get the corrected one:
+{system}{examples}Sent after the first answer (as the token ids it came in, not encoded anew), to get the corrected one:
 
 ```
 {config.prompts.self_correction.strip()}

@@ -3,8 +3,8 @@
     python tests/four_b.py --tokenizer DIR --set dataset.name=DIR [--config configs/math.yaml] [--rows 32] [--only ...]
 
 Cases: bf16 or 4-bit base weights, on the whole card or held to 24 GB. In each, for both stages, an update at the worst
-case (every row as long as the budgets allow) and at a usual one (prompt 150, attempts 400), and a rollout at full budgets
-(no EOS). `extras`: the graph decoder beside model.generate and the trainer's log-probs, and train.importance_clip.
+case (every row as long as the budgets allow) and at a usual one (prompt 150, attempts 400), and a rollout at full
+budgets (no EOS). `extras`: the graph decoder beside model.generate and the trainer's log-probs, and train.importance_clip.
 """
 
 from __future__ import annotations
@@ -172,15 +172,9 @@ def extras(train, policy, optimizer, config, examples: list) -> None:
     theirs, _ = train.sample(policy, prompts, 64, 0.0, "greedy")
     policy.decoder = decoder
     same = sum(sum(a == b for a, b in zip(x, y, strict=False)) for x, y in zip(mine, theirs, strict=True))
-    print(
-        "ROW "
-        + json.dumps(
-            {
-                "what": f"decoder and generate, greedy: {sum(x == y for x, y in zip(mine, theirs, strict=True))} of 8 rows equal, "
-                f"{same} of {sum(map(len, theirs))} tokens; mean log-prob difference to the trainer {drift:.4f}"
-            }
-        )
-    )
+    equal = sum(x == y for x, y in zip(mine, theirs, strict=True))
+    what = f"decoder and generate, greedy: {equal} of 8 rows, {same} of {sum(map(len, theirs))} tokens equal; "
+    print("ROW " + json.dumps({"what": f"{what}mean log-prob difference to the trainer {drift:.4f}"}), flush=True)
     rng = random.Random(0)  # a random model earns nothing: rewards are drawn
     for step in range(5):
         attempts, found = train.roll_out(policy, examples, config, 1.0, f"clip/{step}"), []

@@ -7,8 +7,8 @@ ours-two   the two-attempt Stage II step
 trl        TRL's GRPOTrainer over an Unsloth model, rollouts by its generate (without a GPU: over transformers + PEFT)
 trl-vllm   the same with Unsloth's vLLM engine
 
-Each in a process of its own, one after the other: same prompts, model, LoRA, rollouts a step, token budget, KL weight and
-learning rate, all from the config. A peer that fails or takes longer than --limit seconds has its reason in the table.
+Each in a process of its own, one after the other: same prompts, model, LoRA, rollouts a step, token budget, KL weight
+and learning rate, all from the config. A peer that fails or takes longer than --limit seconds leaves its reason there.
 """
 
 from __future__ import annotations

@@ -57,13 +57,19 @@ def compare(folder: Path, checkpoint: str, n: int, as_text: bool, dtype: str, si
     ends = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id})
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
 
+    system = [{"role": "system", "content": config["prompts"]["system"]}] if config["prompts"]["system"] else []
+    worked = [{"role": role, "content": example[key]} for example in config["prompts"].get("examples", [])
+              for role, key in (("user", "input"), ("assistant", "output"))]  # fmt: skip
+
     def encode(turns: list[dict[str, str]], after: str = "") -> list[int]:
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False,
+        marked = [turn | {"content": f"WORKED TURN {number}."} for number, turn in enumerate(worked)]
+        text = tokenizer.apply_chat_template([*system, *marked, *turns], add_generation_prompt=True, tokenize=False,
                                              **config["model"]["chat_template_kwargs"])  # fmt: skip
+        for mark, turn in zip(marked, worked, strict=True):  # a template may cut the reasoning out of an earlier turn
+            text = text.replace(mark["content"], turn["content"])
         return tokenizer(text.split(after)[-1] if after else text, add_special_tokens=False)["input_ids"]
 
-    system = [{"role": "system", "content": config["prompts"]["system"]}] if config["prompts"]["system"] else []
-    asked = [[*system, {"role": "user", "content": row["question"]}] for row in rows]
+    asked = [[{"role": "user", "content": row["question"]}] for row in rows]
     correct = {"role": "user", "content": config["prompts"]["self_correction"]}
     prompts = [encode(turns) for turns in asked]
     first = complete(model, prompts, pad, ends, config["train"]["max_new_tokens_attempt1"], size)

@@ -563,7 +563,8 @@ def test_plain_peft_repeats_the_whole_evaluation(finished: SimpleNamespace, as_t
 
 def test_hub_ids_stand_in_the_metadata(make_config: Callable[..., Any], tmp_path: Path) -> None:
     hub = {"model.name": "Qwen/Qwen3-0.6B", "dataset.name": "openai/gsm8k", "output.push_to_hub": "me/scored",
-           "prompts.system": "Think."}  # fmt: skip
+           "prompts.system": "Think.",
+           "prompts.examples": [{"input": "1+1=?", "output": "<think>a\nb</think>2"}]}  # fmt: skip
     event = {"event": "eval", "checkpoint": "stage2", "acc_attempt1": 0.25, "acc_attempt2": 0.5, "n": 4}
     other = event | {"acc_attempt1": 0.75, "eval_only": True, "adapter": "elsewhere"}
     evals = [event | {"checkpoint": "pretrain"}, event, other]
@@ -575,6 +576,11 @@ def test_hub_ids_stand_in_the_metadata(make_config: Callable[..., Any], tmp_path
     assert "0.750" not in card.content
     assert 'from_pretrained("me/scored")' in card.content
     assert "```\nThink.\n```" in card.content
+    (turns,) = re.findall(r"```json\n(.*?)\n```", card.content, re.DOTALL)
+    assert json.loads(turns) == [{"role": "user", "content": "1+1=?"},
+                                 {"role": "assistant", "content": "<think>a\nb</think>2"}]  # fmt: skip
+    assert card.content.index("Think.") < card.content.index(turns) < card.content.index("Sent after the first answer")
+    assert "```json" not in train.model_card(make_config(hub | {"prompts.examples": []}), evals, tmp_path / "stage2")
     assert str(tmp_path) not in card.content
     earlier = train.model_card(make_config(hub), evals, tmp_path / "stage1")
     assert "me/scored" not in earlier, "only the last adapter is pushed"
