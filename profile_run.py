@@ -491,7 +491,7 @@ def main() -> int:
     peak_memory(train)
     updates = [timed(train, lambda: train.improve(policy, optimizer, attempts, 2, config))[0] for _ in range(REPEATS)]
     update, total = statistics.median(updates), rollout + statistics.median(updates)
-    tokens = sum(len(p) + len(c) for a in attempts for p, c in zip(a.prompts, a.completions, strict=True))
+    tokens = sum(len(p) + len(c) for p, c in zip(attempts[-1].prompts, attempts[-1].completions, strict=True))
     print(f"{'update, both attempts and the reference':<42} {len(examples):>5} rows {tokens / update:>9,.0f} tokens/s "
           f"{update:>31.2f} s (first {first:.2f} s) {peak_memory(train):>7.2f} GiB")
     print(f"one Stage II step: {total:.2f} s, rollout {rollout / total:.0%}, update {update / total:.0%}")

@@ -4,7 +4,7 @@
 
 Cases: bf16 or 4-bit base weights, on the whole card or held to 24 GB. In each, for both stages, an update at the worst
 case (every row as long as the budgets allow) and at a usual one (prompt 150, attempts 400), and a rollout at full
-budgets (no EOS). `extras`: the graph decoder beside model.generate and the trainer's log-probs, and train.importance_clip.
+budgets (no EOS). `extras`: the graph decoder beside model.generate and the trainer's log-probs; train.importance_clip.
 """
 
 from __future__ import annotations
