@@ -1,236 +1,239 @@
-"""Memory and seconds of a 4B model at a config's full budgets: a Qwen3-4B of random weights has the real ones.
+"""What a 4B model takes under configs/math.yaml, in bf16 and 4-bit, on the whole card and held to a part of it.
 
-    python tests/four_b.py --tokenizer DIR --set dataset.name=DIR [--config configs/math.yaml] [--rows 32] [--only ...]
+    python tests/four_b.py --tokenizer Qwen2.5-1.5B-Instruct --folder qwen3-4b --set dataset.name=DATA
 
-Cases: bf16 or 4-bit base weights, on the whole card or held to 24 GB. In each, for both stages, an update at the worst
-case (every row as long as the budgets allow) and at a usual one (prompt 150, attempts 400), and a rollout at full
-budgets (no EOS). `extras`: the graph decoder beside model.generate and the trainer's log-probs; train.importance_clip.
+Qwen3-4B's shape with random weights: memory and speed are real, what it says is noise. A process a case. Worst: every
+row as long as the budgets let it be; usual: prompts of 150 tokens, attempts of 400.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-CASES = ("bf16", "4bit", "bf16-24gb", "4bit-24gb", "extras")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+COLUMNS = ("case", "what", "rows", "seconds", "peak GiB", "card GiB", "micro_tokens", "checkpointing", "notes")
+QWEN3_4B = dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+                num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=262144,
+                rope_parameters={"rope_type": "default", "rope_theta": 5e6})  # fmt: skip
+SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             head_dim=16, max_position_embeddings=4096)  # fmt: skip
 
 
-def build(folder: Path, tokenizer: Path, small: bool) -> None:
-    """Writes the model: Qwen3-4B's shape, normal weights of standard deviation 0.02, bf16."""
+def write_model(folder: str, tokenizer: str, small: bool) -> None:
+    """A Qwen3 of random weights in bf16, with somebody's tokenizer."""
     import torch
-    import transformers
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-    shape = (
-        dict(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            head_dim=16,
-            num_key_value_heads=2,
-        )
-        if small
-        else dict(
-            hidden_size=2560,
-            intermediate_size=9728,
-            num_hidden_layers=36,
-            num_attention_heads=32,
-            head_dim=128,
-            num_key_value_heads=8,
-        )
-    )
-    config = transformers.Qwen3Config(
-        vocab_size=151936,
-        max_position_embeddings=262144,
-        tie_word_embeddings=True,
-        rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 5e6},
-        **shape,
-    )
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    shape = SMALL | {"vocab_size": len(tokenizer)} if small else QWEN3_4B
+    config = Qwen3Config(**shape, rms_norm_eps=1e-6, tie_word_embeddings=True, dtype=torch.bfloat16,
+                         eos_token_id=tokenizer.eos_token_id)  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(config).to(torch.bfloat16)
+    model = model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
+    model.tie_weights()
+    for name, weight in model.named_parameters():
+        # norms away from 1, so that one left out would show
+        torch.nn.init.uniform_(weight, 0.5, 1.5) if "norm" in name else torch.nn.init.normal_(weight, std=0.02)
     model.save_pretrained(folder)
-    for file in tokenizer.iterdir():
-        if file.name.startswith(("tokenizer", "chat_template", "vocab", "merges", "special")):
-            shutil.copy(file, folder / file.name)
+    tokenizer.save_pretrained(folder)
 
 
-def conversations(train, policy, lengths: tuple[int, int, int], rows: int) -> list:
-    """[attempt 1, attempt 2] of random tokens: prompt 1, attempt 1 and attempt 2 as long as `lengths` say."""
-    rng, most = random.Random(0), len(policy.tokenizer) - 1
-    draw = lambda length: [[rng.randrange(most) for _ in range(length)] for _ in range(rows)]  # noqa: E731
-    prompts, attempts = draw(lengths[0]), []
-    for length in lengths[1:]:
-        answers = draw(length)
-        attempts.append(
-            train.Attempt(
-                prompts=prompts,
-                completions=answers,
-                texts=[""] * rows,
-                answers=[""] * rows,
-                correct=[False] * rows,
-                rewards=[rng.random() for _ in range(rows)],
-                flexible=[False] * rows,
-                truncated=[True] * rows,
-                sampled_log_probs=None,
-                seconds=1.0,
-            )
-        )
-        prompts = [p + a + policy.bridge for p, a in zip(prompts, answers, strict=True)]
-    return attempts
+def attempts_of(train: Any, policy: Any, rows: int, lengths: tuple[int, int, int]) -> list[Any]:
+    """Both attempts at `rows` problems in random tokens: of the prompt, of attempt 1, of attempt 2."""
+    rng = random.Random(0)
+    special = set(policy.tokenizer.all_special_ids)
+    ids = [i for i in range(min(len(policy.tokenizer), 50000)) if i not in special]
+    prompts, first, second = ([rng.choices(ids, k=length) for _ in range(rows)] for length in lengths)
+    longer = [prompt + completion + policy.bridge for prompt, completion in zip(prompts, first, strict=True)]
+    return [train.Attempt(prompts=before, completions=completions, texts=[""] * rows, answers=[""] * rows,
+                          rewards=[rng.random() for _ in range(rows)], correct=[False] * rows, flexible=[False] * rows,
+                          truncated=[True] * rows, sampled_log_probs=None, seconds=0.0)
+            for before, completions in ((prompts, first), (longer, second))]  # fmt: skip
 
 
-def measured(label: str, policy, work) -> dict:
-    """Prints and returns seconds and peak memory of work(), or the reason why it did not end."""
+def hold_to(gigabytes: float) -> None:
+    """The card as one of so many GiB, also to whoever asks what is free. CUDA's own context comes on top."""
     import torch
 
-    gpu = torch.cuda.is_available()
-    if gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    start, reason = time.perf_counter(), ""
-    try:
-        work()
-    except Exception as error:  # what does not fit is a result
-        reason = str(error).splitlines()[0][:150]
-    if gpu:
-        torch.cuda.synchronize()
-    row = {
-        "what": label,
-        "seconds": round(time.perf_counter() - start, 2),
-        "peak GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2) if gpu else 0.0,
-        "micro-batch": policy.micro_tokens if policy else "",
-        "checkpointing": "" if policy is None else "off" if policy.recompute else "on",
-        "failed": reason,
-    }
-    print("ROW " + json.dumps(row), flush=True)
-    return row
+    _, whole = torch.cuda.mem_get_info()
+    limit = int(gigabytes * 2**30)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / whole))
+    real = torch.cuda.mem_get_info
+    torch.cuda.mem_get_info = lambda *_, **__: (min(real()[0], max(0, limit - torch.cuda.memory_reserved())), limit)
 
 
-def measure(args: argparse.Namespace, case: str) -> None:
-    """One case, in a process of its own."""
+def run_case(case: dict[str, Any], args: argparse.Namespace) -> None:
+    """Prints a line of JSON for each thing measured in this process."""
     import torch
 
     import train
 
-    if case.endswith("24gb"):
-        whole = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(24e9 / whole)
-    changes = [f"model.name={args.folder}", f"model.load_in_4bit={str(case.startswith('4bit')).lower()}", *args.set]
-    if case == "extras":
-        changes += ["train.importance_clip=2", "train.max_new_tokens_attempt1=64", "train.max_new_tokens_attempt2=64"]
-    config = train.read_config(args.config, changes)
+    train.QUIET, cuda = True, train.DEVICE.type == "cuda"
+    card = torch.cuda.mem_get_info if cuda else lambda: (0, 0)
+    if case["memory_gb"] and cuda:
+        hold_to(case["memory_gb"])
+    extras = ["train.importance_clip=2", "train.max_new_tokens_attempt1=64", "train.max_new_tokens_attempt2=64"]
+    config = train.read_config(str(ROOT / "configs/math.yaml"), [
+        f"model.name={args.folder}", f"model.load_in_4bit={str(case['load_in_4bit']).lower()}", "wandb_project=null",
+        *args.set, *(extras if case["extras"] else [])])  # fmt: skip
+    budgets, policy = config.train, None
+    auto = config.model.gradient_checkpointing == "auto"
+
+    def measure(what: str, rows: int, work: Any) -> Any:
+        """The result of work(), None if memory did not suffice. Prints the row; a result of text is its notes."""
+        result = None
+        if cuda:
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        try:
+            result = work()
+            if cuda:
+                torch.cuda.synchronize()
+            notes = result if isinstance(result, str) else ""
+        except (torch.OutOfMemoryError, train.RunError, train.UserError) as error:
+            notes = f"{type(error).__name__}: {train.first_line(error)}"
+        seconds, (free, whole) = time.perf_counter() - start, card()
+        made = result if what == "load" else policy
+        on = (cuda and made and not made.recompute) if auto else config.model.gradient_checkpointing
+        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+        row = (case["name"], what, rows, f"{seconds:.2f}", f"{peak:.2f}", f"{(whole - free) / 2**30:.2f}",
+               made.micro_tokens if made else "", ("off", "on")[bool(on)] if made else "", notes)  # fmt: skip
+        print("ROW " + json.dumps(dict(zip(COLUMNS, row, strict=True))), flush=True)
+        return result
+
     tokenizer = train.load_tokenizer(config)
     examples, _ = train.load_examples(config, tokenizer)
-    held = []
-    measured("load", None, lambda: held.append(train.load_policy(config, tokenizer)))
-    policy, keys = held[0], config.train
-    optimizer = torch.optim.AdamW(policy.trainable.values(), lr=1e-6, weight_decay=0.0)
-    rows = args.rows or keys.stage2_batch_size * keys.num_generations
-    if case == "extras":
-        return extras(train, policy, optimizer, config, examples[: min(rows, 16)])
-    worst = (keys.max_prompt_length_attempt1, keys.max_new_tokens_attempt1, keys.max_new_tokens_attempt2)
-    for name, lengths in (("usual", tuple(map(min, worst, (150, 400, 400)))), ("worst", worst)):
-        attempts = conversations(train, policy, lengths, rows)
-        for stage in (1, 2):
-            measured(
-                f"update, Stage {'I' * stage}, {name}, {rows} rows",
-                policy,
-                lambda a=attempts, s=stage: train.improve(policy, optimizer, a, s, config),
-            )
-    if policy.decoder:
+    policy = measure("load", 0, lambda: train.load_policy(config, tokenizer))
+    if policy is None:
+        return
+    counts = {s: args.rows or getattr(budgets, f"stage{s}_batch_size") * budgets.num_generations for s in (1, 2)}
+    problems = [examples[i % len(examples)] for i in range(max(counts.values()))]
+
+    def optimizer() -> Any:
+        return torch.optim.AdamW(policy.trainable.values(), lr=budgets.learning_rate, weight_decay=0.0)
+
+    if case["extras"]:
+        adam, rng = optimizer(), random.Random(0)
+        for step in range(5):
+            def work(step: int = step) -> str:
+                attempts = train.roll_out(policy, problems, config, budgets.generation_temperature, f"extras/{step}")
+                for attempt in attempts:  # noise earns nothing
+                    attempt.rewards = [rng.random() for _ in problems]
+                update = train.improve(policy, adam, attempts, 2, config)
+                return "loss {loss:.4f}, logprob_drift {logprob_drift}, skipped {skipped}".format(**update)
+
+            measure(f"importance_clip 2, step {step + 1}", len(problems), work)
+        measure("decoder against generate", 8, lambda: against_generate(train, policy, problems))
+        return
+    if policy.decoder:  # no token ends an attempt
         policy.decoder.eos.fill_(-1)
     policy.eos_token_ids = []
-    measured(
-        f"rollout, full budgets, {rows} rows",
-        policy,
-        lambda: train.roll_out(policy, examples[:rows], config, 1.0, "four_b"),
-    )
-    return None
+    prompts = [problem.prompt for problem in problems]
+    measure("warm-up: 16 tokens a row", len(prompts), lambda: train.sample(policy, prompts, 16, 1.0, "warm-up"))
+
+    def roll_out() -> str:
+        attempts = train.roll_out(policy, problems, config, budgets.generation_temperature, "four_b")
+        tokens = sum(len(completion) for attempt in attempts for completion in attempt.completions)
+        return f"{tokens / sum(attempt.seconds for attempt in attempts):,.0f} tokens/s"
+
+    measure("rollout, full budgets", len(problems), roll_out)
+    most = (budgets.max_prompt_length_attempt1, budgets.max_new_tokens_attempt1, budgets.max_new_tokens_attempt2)
+    usual = tuple(map(min, most, (150, 400, 400)))
+    plan = [(stage, what, rows, lengths) for stage, rows in counts.items()
+            for what, lengths in (("usual", usual), ("worst", most))]  # fmt: skip
+    for stage, what, rows, lengths in [(2, "warm-up", 2, usual), *plan]:
+        attempts = attempts_of(train, policy, rows, lengths)
+        tokens = len(attempts[1].prompts[0]) + lengths[2]
+        measure(f"update, stage {stage}, {what}: rows of {tokens} tokens", rows, lambda stage=stage, a=attempts:
+                train.improve(policy, optimizer(), a, stage, config) and None)  # fmt: skip
 
 
-def extras(train, policy, optimizer, config, examples: list) -> None:
-    """The decoder against generate and the trainer (Qwen3's q and k norms), and five steps with importance_clip."""
+def against_generate(train: Any, policy: Any, problems: list[Any]) -> str:
+    """Greedy rows of the decoder beside model.generate's, where they part, and its log-probs beside the update's."""
     import torch
 
-    prompts = [example.prompt for example in examples[:8]]
-    mine, log_probs = train.sample(policy, prompts, 64, 0.0, "greedy")
     with torch.no_grad():
-        trained = train.completion_log_probs(policy, prompts, mine, 1.0).cpu()
-    drift = (
-        (trained - torch.tensor([p for row in log_probs or [] for p in row])).abs().mean().item() if log_probs else 0
-    )
-    decoder, policy.decoder = policy.decoder, None
-    theirs, _ = train.sample(policy, prompts, 64, 0.0, "greedy")
-    policy.decoder = decoder
-    same = sum(sum(a == b for a, b in zip(x, y, strict=False)) for x, y in zip(mine, theirs, strict=True))
-    equal = sum(x == y for x, y in zip(mine, theirs, strict=True))
-    what = f"decoder and generate, greedy: {equal} of 8 rows, {same} of {sum(map(len, theirs))} tokens equal; "
-    print("ROW " + json.dumps({"what": f"{what}mean log-prob difference to the trainer {drift:.4f}"}), flush=True)
-    rng = random.Random(0)  # a random model earns nothing: rewards are drawn
-    for step in range(5):
-        attempts, found = train.roll_out(policy, examples, config, 1.0, f"clip/{step}"), []
-        for attempt in attempts:
-            attempt.rewards = [rng.random() for _ in attempt.rewards]
-        row = measured(
-            f"importance_clip 2, step {step + 1}",
-            policy,
-            lambda a=attempts, f=found: f.append(train.improve(policy, optimizer, a, 2, config)),
-        )
-        if found:
-            print(f"{row['what']}: loss {found[0]['loss']:.4f}, drift {found[0]['logprob_drift']}", flush=True)
+        for name, weight in policy.trainable.items():
+            if "lora_B" in name:  # an adapter that does something
+                weight.normal_(std=0.01)
+        prompts = [problems[i % len(problems)].prompt for i in range(8)]
+        decoded, log_probs = policy.decoder.generate(prompts, 64, 0.0, 0)
+        again = train.completion_log_probs(policy, prompts, decoded, 1.0).cpu()
+        apart = (torch.tensor(sum(log_probs, [])) - again).abs()
+        decoder, policy.decoder = policy.decoder, None
+        generated, _ = train.sample(policy, prompts, 64, 0.0, "greedy")
+        policy.decoder = decoder
+        gaps = []  # a close call that rounding decides, or an error?
+        for prompt, a, b in zip(prompts, decoded, generated, strict=True):
+            at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+            if at is not None:
+                pair = train.completion_log_probs(policy, [prompt + a[:at]] * 2, [[a[at]], [b[at]]], 1.0)
+                gaps.append((pair[0] - pair[1]).abs().item())
+    parting = f", the others part where two tokens are at most {max(gaps):.4f} nats apart" if gaps else ""
+    return (f"{sum(a == b for a, b in zip(decoded, generated, strict=True))} of 8 greedy rows equal{parting}; "
+            f"decoder and update log-probs {apart.mean():.5f} apart (mean), {apart.max():.4f} (max)")  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/math.yaml")
-    parser.add_argument(
-        "--tokenizer", type=Path, required=True, help="folder of a Qwen tokenizer with a chat template"
-    )
-    parser.add_argument(
-        "--folder", type=Path, default=Path(tempfile.gettempdir()) / "random-4b", help="the model goes here"
-    )
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.SUB=VALUE")
-    parser.add_argument("--rows", type=int, help="rows of a step; the config's if not given")
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--limit", type=int, default=300, help="seconds for each case")
-    parser.add_argument("--out", type=Path, help="the table as a file too")
-    parser.add_argument("--small", action="store_true", help="a tiny model: does the script work?")
-    parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
+def cases(args: argparse.Namespace) -> list[dict[str, Any]]:
+    made = [dict(name=f"{kind}, {held or 'whole card'}{' GiB' * (held > 0)}", load_in_4bit=kind == "4-bit",
+                 memory_gb=held, extras=False) for kind in ("bf16", "4-bit") for held in (0, args.memory_gb)]
+    made = made[: 1 if args.small else None]
+    made += [dict(name="bf16, extras", load_in_4bit=False, memory_gb=0, extras=True)]
+    return [case for case in made if not args.only or any(text in case["name"] for text in args.only)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="a real tokenizer with a chat template")
+    parser.add_argument("--folder", required=True, metavar="DIR", help="where the model is written, unless it is there")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.SUB=VALUE", help="override keys")
+    parser.add_argument("--memory-gb", type=float, default=24, help="the smaller card, in GiB")
+    parser.add_argument("--rows", type=int, help="rows a step, where the config's batch is too many")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="cases whose name has one of these: bf16, 4-bit, ...")
+    parser.add_argument("--limit", type=float, default=420, help="seconds a case")
+    parser.add_argument("--small", action="store_true", help="a tiny model, bf16 cases of the whole device alone")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the table goes here too")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.child == "write":
+        write_model(args.folder, args.tokenizer, args.small)
+    elif args.child:
+        run_case(json.loads(args.child), args)
     if args.child:
-        return measure(args, args.child)
-    if not (args.folder / "config.json").exists():
-        build(args.folder, args.tokenizer, args.small)
-    columns = ("seconds", "peak GiB", "micro-batch", "checkpointing", "failed")
-    lines = [f"| case | what | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
-    for case in args.only:
-        command = [sys.executable, __file__, *sys.argv[1:], "--child", case]
+        return 0
+    again = [sys.executable, __file__, *sys.argv[1:], "--child"]
+    if not (Path(args.folder) / "config.json").exists():
+        subprocess.run([*again, "write"], check=True)
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    print("\n".join(lines), flush=True)
+    for case in cases(args):
         try:
-            done = subprocess.run(
-                command, text=True, timeout=args.limit, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
-            ).stdout
+            done = subprocess.run([*again, json.dumps(case)], capture_output=True, timeout=args.limit)
+            out, fault = done.stdout, done.stderr.decode().strip().split("\n")[-1] if done.returncode else ""
         except subprocess.TimeoutExpired as error:
-            done = (error.stdout or b"").decode() + f'\nROW {{"what": "not done in {args.limit} s"}}'
-        rows = [json.loads(line[4:]) for line in done.splitlines() if line.startswith("ROW ")]
-        print(done if not rows else "\n".join(line for line in done.splitlines() if "importance" in line), flush=True)
-        lines += [
-            f"| {case} | {row['what']} | {' | '.join(str(row.get(column, '')) for column in columns)} |"
-            for row in rows
-        ]
+            out, fault = error.stdout or b"", f"not done in {args.limit:g} s"
+        rows = [json.loads(line[4:]) for line in out.decode().split("\n") if line[:4] == "ROW " and line[-1] == "}"]
+        rows += [dict.fromkeys(COLUMNS, "") | {"case": case["name"], "notes": fault}] if fault else []
+        for row in rows:
+            lines.append("| " + " | ".join(str(row[column]).replace("|", "/") for column in COLUMNS) + " |")
+            print(lines[-1], flush=True)
         if args.out:
             args.out.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-    return None
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
