@@ -1,14 +1,14 @@
-"""One optimizer step beside what else trains the same model on the same card: seconds, tokens/s, memory, start-up.
+"""One step of training beside what people would use instead: a table of seconds, tokens/s, memory and start-up.
 
-    python tests/peers.py --config configs/gsm8k.yaml [--only ours ours-two trl trl-vllm] [--steps 5] [--set key=value]
+    python tests/peers.py --config configs/gsm8k.yaml --set model.name=DIR --only ours ours-two trl trl-vllm --steps 5
 
-ours       attempt 1 alone, sampled and trained: the work of TRL's GRPOTrainer
-ours-two   the two-attempt Stage II step
-trl        TRL's GRPOTrainer over an Unsloth model, rollouts by its generate (without a GPU: over transformers + PEFT)
-trl-vllm   the same with Unsloth's vLLM engine
+    ours      one attempt a problem, sampled and trained: the work of the peers
+    ours-two  a Stage II step: both attempts
+    trl       TRL's GRPOTrainer over an Unsloth model (transformers + PEFT on a CPU), rollouts by model.generate
+    trl-vllm  the same, rollouts by Unsloth's vLLM
 
-Each in a process of its own, one after the other: same prompts, model, LoRA, rollouts a step, token budget, KL weight
-and learning rate, all from the config. A peer that fails or takes longer than --limit seconds leaves its reason there.
+All get the same prompts in the same order, LoRA, rollouts a step, token budget, reward, KL weight, learning rate and
+sampling, each in a process of its own. Only model.gradient_checkpointing `auto` means another thing to TRL: true.
 """
 
 from __future__ import annotations
@@ -16,233 +16,206 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-STARTED = time.time()
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 PEERS = ("ours", "ours-two", "trl", "trl-vllm")
+MARK = "PEER-FIGURES "  # begins the one line of a child's output that is its result
+COLUMNS = ["s/step", "completion tokens/s", "torch peak GiB", "device GiB", "start-up s", "first step s"]
 
 
-class Watch:
-    """Times steps and counts their completion tokens; the highest use of the card's memory."""
+class Clock:
+    """Seconds and completion tokens of each step, and the most device memory seen in use, by whatever process."""
 
-    def __init__(self) -> None:
-        self.startup, self.seconds, self.tokens, self.used, self.begun = None, [], [], 0.0, 0.0
+    def __init__(self, torch: Any, started: float):
+        self.cuda, self.started, self.startup, self.device_bytes = torch.cuda, started, None, 0
+        self.seconds, self.tokens = [], []
+
+    def look(self) -> None:
+        if self.cuda.is_available():
+            self.cuda.synchronize()
+            free, total = self.cuda.mem_get_info()
+            self.device_bytes = max(self.device_bytes, total - free)
 
     def begin(self) -> None:
-        self.begun = time.time()
-        self.startup = self.startup or self.begun - STARTED
+        self.look()
+        self.startup = self.startup or time.time() - self.started
         self.tokens.append(0)
+        self.start = time.perf_counter()
 
     def end(self) -> None:
-        import torch
+        self.look()
+        self.seconds.append(time.perf_counter() - self.start)
 
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            free, total = torch.cuda.mem_get_info()
-            self.used = max(self.used, (total - free) / 2**30)
-        self.seconds.append(time.time() - self.begun)
-
-    def figures(self) -> dict:
-        import torch
-
-        rates = [tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True)]
-        peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-        return {
-            "s/step": statistics.median(self.seconds[1:]),
-            "tokens/s": statistics.median(rates[1:]),
-            "first step": self.seconds[0],
-            "start-up": self.startup,
-            "peak GiB": peak,
-            "card GiB": self.used,
-            "tokens a step": statistics.median(self.tokens[1:]),
-        }
+    def figures(self) -> dict[str, Any]:
+        """The first step, which compiles and warms up, stands alone."""
+        median, speed = statistics.median(self.seconds[1:]), sum(self.tokens[1:]) / sum(self.seconds[1:])
+        memory = [self.cuda.max_memory_allocated() / 2**30, self.device_bytes / 2**30]  # zeros on a CPU
+        cells = [median, speed, *(gib or None for gib in memory), self.startup, self.seconds[0]]
+        return dict(zip(COLUMNS, cells, strict=True)) | {"seconds": self.seconds, "tokens": self.tokens}
 
 
-def read(args: argparse.Namespace) -> tuple:
-    """train.py as a module, the config, its tokenizer, and the train rows of each step."""
-    import train
-
-    config = train.read_config(args.config, args.set)
-    tokenizer = train.load_tokenizer(config)
-    examples, _ = train.load_examples(config, tokenizer)
-    size = config.train.stage2_batch_size
-    return train, config, tokenizer, [examples[i * size : (i + 1) * size] for i in range(args.steps)]
-
-
-def run_ours(args: argparse.Namespace, attempts: int) -> dict:
-    """Our step, with one attempt or two."""
-    train, config, tokenizer, steps = read(args)
-    import torch
-
-    policy, watch = train.load_policy(config, tokenizer), Watch()
-    if attempts == 1:
-        train.stage_terms = lambda stage, r1, r2, keys: [(r1, keys.beta1)]
-    optimizer = torch.optim.AdamW(policy.trainable.values(), lr=config.train.learning_rate, weight_decay=0.0)
-    for number, examples in enumerate(steps):
-        rows = [example for example in examples for _ in range(config.train.num_generations)]
-        watch.begin()
-        made = train.roll_out(policy, rows, config, config.train.generation_temperature, f"peers/{number}", attempts)
-        train.improve(policy, optimizer, [made[0], made[-1]], 2, config)
-        watch.end()
-        watch.tokens[-1] = sum(len(completion) for attempt in made for completion in attempt.completions)
-    return watch.figures()
+def run_ours(train: Any, config: Any, tokenizer: Any, examples: list, clock: Clock, single: bool) -> None:
+    """Our step: roll out, improve. `single`: sample and train attempt 1 alone."""
+    policy, size = train.load_policy(config, tokenizer), config.train.stage2_batch_size
+    optimizer = train.torch.optim.AdamW(policy.trainable.values(), lr=config.train.learning_rate, weight_decay=0.0)
+    if single:
+        train.stage_terms = lambda stage, r1, r2, settings: [(r1, settings.beta1)]
+    for first in range(0, len(examples), size):
+        rows = [example for example in examples[first : first + size] for _ in range(config.train.num_generations)]
+        clock.begin()
+        attempts = train.roll_out(policy, rows, config, config.train.generation_temperature, str(first), 2 - single)
+        clock.look()
+        clock.tokens[-1] = sum(len(completion) for attempt in attempts for completion in attempt.completions)
+        train.improve(policy, optimizer, attempts * 2 if single else attempts, 2, config)
+        clock.end()
 
 
-def run_trl(args: argparse.Namespace, vllm: bool) -> dict:
-    """TRL's GRPOTrainer on attempt 1's prompts, rewarded as `reward.fn` says."""
-    train, config, tokenizer, steps = read(args)
-    import datasets
-    import torch
-    import transformers
+def run_trl(train: Any, config: Any, tokenizer: Any, examples: list, clock: Clock, vllm: bool, batch: int) -> None:
+    """TRL's step on the model as train.py loads it, timed by a callback; the reward function counts the tokens."""
+    import trl  # after train, which has imported Unsloth where there is a GPU
 
-    keys, gpu, watch = config.train, torch.cuda.is_available(), Watch()
-    examples = [example for step in steps for example in step]
-    target_of = {example.question: example.target for example in examples}
-    if gpu:
-        from unsloth import FastLanguageModel
+    gpu, settings = train.DEVICE.type != "cpu", config.train
+    if vllm and not (gpu and train.importlib.util.find_spec("vllm")):
+        raise RuntimeError("needs vLLM and a GPU")
+    config.model.fast_inference = vllm
+    if not gpu:  # TRL's own is a Triton kernel
+        trl.trainer.utils._ChunkedLogProbFunction = SimpleNamespace(apply=plain_log_probs)
+    _, think_prefix = train.attempt2_bridge(tokenizer, config)
+    load, dtype = (train.load_with_unsloth, "bfloat16") if gpu else (train.load_with_transformers, "float32")
+    model, *_ = load(config, getattr(train.torch, dtype))
+    if not gpu and model.num_parameters() < 2**24:  # as load_policy does for ours: else TRL's threads wait
+        train.torch.set_num_threads(1)
+    rollouts = settings.stage2_batch_size * settings.num_generations
+    batch = batch if rollouts % batch == 0 else rollouts
+    rows = [{"prompt": train.chat_text(tokenizer, config, [{"role": "user", "content": example.question}]),
+             "target": example.target} for example in examples]
 
-        more = (
-            dict(
-                fast_inference=True,
-                gpu_memory_utilization=config.model.fast_inference_gpu_mem,
-                max_lora_rank=config.model.lora.r,
-            )
-            if vllm
-            else {}
+    def reward(completions: list[str], completion_ids: list[list[int]], target: list[str], **_: Any) -> list[float]:
+        clock.look()
+        clock.tokens[-1] += sum(map(len, completion_ids))
+        return train.grade([think_prefix + text for text in completions], target, config.reward)[0]
+
+    timer = train.transformers.TrainerCallback()
+    timer.on_step_begin, timer.on_step_end = lambda *_, **__: clock.begin(), lambda *_, **__: clock.end()
+    more = dict(use_vllm=True, vllm_mode="colocate", vllm_importance_sampling_correction=False) if vllm else {}
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = trl.GRPOConfig(
+            output_dir=folder, num_train_epochs=1, num_iterations=1, per_device_train_batch_size=batch,
+            gradient_accumulation_steps=rollouts // batch, num_generations=settings.num_generations,
+            max_completion_length=settings.max_new_tokens_attempt1, temperature=settings.generation_temperature,
+            top_p=1.0, top_k=0, beta=settings.beta1, learning_rate=settings.learning_rate, weight_decay=0.0,
+            max_grad_norm=settings.max_grad_norm, lr_scheduler_type="constant", warmup_steps=0, optim="adamw_torch",
+            loss_type="grpo", scale_rewards="none", mask_truncated_completions=False, shuffle_dataset=False,
+            bf16=gpu, use_cpu=not gpu, gradient_checkpointing=bool(config.model.gradient_checkpointing),
+            seed=settings.seed, logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True, **more,
         )
-        model, _ = FastLanguageModel.from_pretrained(
-            config.model.name,
-            max_seq_length=config.model.max_seq_length,
-            dtype=torch.bfloat16,
-            load_in_4bit=config.model.load_in_4bit,
-            use_exact_model_name=True,
-            **more,
-        )
-        model = FastLanguageModel.get_peft_model(
-            model,
-            **train.lora_settings(config),
-            random_state=keys.seed,
-            use_gradient_checkpointing=config.model.gradient_checkpointing not in (False, "auto"),
-        )
-    else:
-        model = train.load_policy(config, tokenizer).model
-    from trl import GRPOConfig, GRPOTrainer
-
-    def reward(completions: list, question: list[str], completion_ids: list, **_: object) -> list[float]:
-        watch.tokens[-1] += sum(map(len, completion_ids))
-        texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-        return train.grade(texts, [target_of[q] for q in question], config.reward)[0]
-
-    class Steps(transformers.TrainerCallback):
-        def on_step_begin(self, *_: object, **__: object) -> None:
-            watch.begin()
-
-        def on_step_end(self, *_: object, **__: object) -> None:
-            watch.end()
-
-    rollouts = keys.stage2_batch_size * keys.num_generations
-    settings = GRPOConfig(
-        output_dir="peers",
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        max_steps=args.steps,
-        per_device_train_batch_size=rollouts,
-        gradient_accumulation_steps=1,
-        num_generations=keys.num_generations,
-        max_completion_length=keys.max_new_tokens_attempt1,
-        num_iterations=1,
-        temperature=keys.generation_temperature,
-        top_p=1.0,
-        beta=keys.beta1,
-        learning_rate=keys.learning_rate,
-        max_grad_norm=keys.max_grad_norm,
-        lr_scheduler_type="constant",
-        shuffle_dataset=False,
-        bf16=gpu,
-        use_vllm=vllm,
-        use_cpu=not gpu,
-        gradient_checkpointing=False,
-        seed=keys.seed,
-        **(dict(vllm_mode="colocate") if vllm else {}),
-    )
-    rows = [{"prompt": tokenizer.decode(e.prompt), "question": e.question} for e in examples]
-    trainer = GRPOTrainer(
-        model=model,
-        reward_funcs=reward,
-        args=settings,
-        processing_class=tokenizer,
-        train_dataset=datasets.Dataset.from_list(rows),
-        callbacks=[Steps()],
-    )
-    trainer.train()
-    return watch.figures()
+        trl.GRPOTrainer(model=model, reward_funcs=[reward], args=arguments, processing_class=tokenizer,
+                        train_dataset=train.datasets.Dataset.from_list(rows), callbacks=[timer]).train()
 
 
-def run_child(args: argparse.Namespace) -> None:
-    name = args.child
-    figures = (
-        run_ours(args, 2 if name == "ours-two" else 1) if name.startswith("ours") else run_trl(args, "vllm" in name)
-    )
-    print("FIGURES " + json.dumps(figures), flush=True)
+def plain_log_probs(hidden: Any, weight: Any, bias: Any, targets: Any, temperature: float, *_: Any) -> tuple:
+    """Log-probs of the targets [N] and entropies [N], in the place of TRL's kernel on a CPU."""
+    log_probs = ((hidden @ weight.T + (0 if bias is None else bias)) / temperature).float().log_softmax(-1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1).detach()
+    return log_probs.gather(-1, targets[:, None])[:, 0], entropy, None, None, None
 
 
-def ask_child(name: str, limit: int) -> dict:
-    """The figures of one peer, or the reason why there are none."""
+def child(args: argparse.Namespace) -> None:
+    """Runs one peer in this process and prints its figures, or its error, as one line of JSON."""
     try:
-        done = subprocess.run(
-            [sys.executable, __file__, *sys.argv[1:], "--child", name],
-            text=True,
-            timeout=limit,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {"reason": f"not done in {limit} s"}
-    lines = done.stdout.strip().splitlines() or ["no output"]
-    found = [line for line in lines if line.startswith("FIGURES ")]
-    if not found:
-        print("\n".join(lines[-30:]), file=sys.stderr)
-    return json.loads(found[-1][8:]) if found else {"reason": lines[-1][:200]}
+        import train
+
+        config, clock = train.read_config(args.config, args.set), Clock(train.torch, args.started)
+        if config.train.num_generations == 1:  # GRPO needs a group
+            config.train.num_generations, config.train.stage2_batch_size = 2, config.train.stage2_batch_size // 2
+        tokenizer, rows = train.load_tokenizer(config), args.steps * config.train.stage2_batch_size
+        examples, _ = train.load_examples(config, tokenizer)
+        given = (train, config, tokenizer, [examples[row % len(examples)] for row in range(rows)], clock)
+        if args.child.startswith("ours"):
+            run_ours(*given, single=args.child == "ours")
+        else:
+            run_trl(*given, vllm=args.child == "trl-vllm", batch=args.trl_batch)
+        result = clock.figures()
+    except Exception as error:  # becomes the peer's row
+        traceback.print_exc()
+        result = {"error": f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[-1]}"}
+    print("\n" + MARK + json.dumps(result), flush=True)
 
 
-def main() -> None:
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """A peer's figures from a process of its own; {"error": why} where it has none."""
+    command = [sys.executable, __file__, "--child", name, "--started", str(time.time()), "--config", args.config,
+               "--steps", str(args.steps), "--trl-batch", str(args.trl_batch), "--set", *args.set]
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process, late = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True), ""
+        try:
+            process.wait(args.limit)
+        except subprocess.TimeoutExpired:
+            late = f"not done after {args.limit:g} s: "
+        finally:
+            with suppress(ProcessLookupError):  # also what it has started, such as vLLM's engine
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        log.seek(0)
+        lines = ["no output", *(line.strip() for line in log if line.strip())]
+    found = [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]
+    result = json.loads(found[-1]) if found else {"error": f"{late or f'exit {process.returncode}: '}{lines[-1]}"}
+    if "error" in result:
+        print(f"The end of {name}'s output:", *lines[-40:], sep="\n", file=sys.stderr, flush=True)
+    return result
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The installed versions and a markdown table; a peer without figures shows why."""
+    found = {package.name: package.version for package in importlib.metadata.distributions()}
+    versions = [f"{name} {found.get(name, '(none)')}" for name in ("torch", "transformers", "trl", "unsloth", "vllm")]
+    lines = [", ".join(versions), "", "| peer | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, result in results.items():
+        cells = ["-" if result.get(key) is None else f"{result[key]:.3g}" for key in COLUMNS]
+        cells[1] = cells[1] if "error" in result else f"{result[COLUMNS[1]]:.0f}"
+        cells[0] = result.get("error", cells[0]).replace("|", "/")[:300]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.SUB=VALUE")
-    parser.add_argument("--only", nargs="+", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--steps", type=int, default=5, help="the first is not in the medians")
-    parser.add_argument("--limit", type=int, default=600, help="seconds for each peer")
-    parser.add_argument("--out", type=Path, help="the table as a file too")
+    parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="KEY.SUB=VALUE")
+    parser.add_argument("--only", nargs="+", choices=PEERS, default=PEERS)
+    parser.add_argument("--steps", type=int, default=5, help="at least 2: the first is not counted")
+    parser.add_argument("--limit", type=float, default=300, help="seconds that a peer may take")
+    parser.add_argument("--trl-batch", type=int, default=64, help="rollouts that TRL trains on at once")
+    parser.add_argument("--out", type=Path, help="also write the table there")
     parser.add_argument("--child", choices=PEERS, help=argparse.SUPPRESS)
+    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.steps < 2:
+        parser.error("--steps: at least 2")
     if args.child:
-        return run_child(args)
-    packages = ("torch", "transformers", "trl", "unsloth", "vllm")
-    found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
-    versions = ", ".join(f"{package} {found[package]}" for package in packages if package in found)
-    columns = ("s/step", "tokens/s", "tokens a step", "peak GiB", "card GiB", "start-up", "first step")
-    lines = [versions, "", f"| peer | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        child(args)
+        return 0
+    results: dict[str, dict[str, Any]] = {}
     for name in args.only:
-        figures = ask_child(name, args.limit)
-        shown = ["-" if figures.get(c) is None else f"{figures[c]:,.2f}" for c in columns]
-        lines.append(
-            f"| {name} | {figures['reason'] + ' |' * len(columns) if 'reason' in figures else ' | '.join(shown) + ' |'}"
-        )
-        print(lines[-1], flush=True)
+        results[name] = measure(name, args)
+        print(f"{name}: {json.dumps(results[name])}", flush=True)
         if args.out:
-            args.out.write_text("\n".join(lines) + "\n")
-    print("\n" + "\n".join(lines))
-    return None
+            args.out.write_text(table(results) + "\n", encoding="utf-8")
+    print(table(results), flush=True)
+    return int(any("error" in result for result in results.values()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
