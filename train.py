@@ -1078,7 +1078,7 @@ def chat_text(tokenizer: Any, config: Config, turns: list[dict[str, str]]) -> st
         raise UserError(f"{key}: the chat template of {config.model.name} refuses it: {first_line(error)}") from None
     if any(text.count(marker) != 1 for marker in texts):
         raise UserError(f"prompts.examples: the chat template of {config.model.name} does not render each of their "
-                        "turns exactly once; write the examples into prompts.system")
+                        "turns exactly once; show the examples inside prompts.system instead")
     return re.sub("|".join(texts), lambda marker: texts[marker[0]], text) if texts else text
 
 

@@ -232,8 +232,8 @@ CASES = [
         "model.decoder: input should be 'auto', 'graph' or 'generate' (got 'grph'); did you mean graph?",
     ], {"model.decoder": "grph"}),
     Case("unknown reward", [
-        "reward.fn: is not registered; registered are exact_match, format_and_match, strict_format_and_match; "
-        "did you mean format_and_match? (got 'format_and_mach')",
+        "reward.fn: is not registered; registered are exact_match, format_and_match, format_only, "
+        "strict_format_and_match; did you mean format_and_match? (got 'format_and_mach')",
     ], {"reward.fn": "format_and_mach"}),
     Case("unknown extractor", [
         "reward.answer_extractor: is not registered; registered are gsm8k_hash, identity, math_final_answer; did "
@@ -559,6 +559,13 @@ CASES = [
         "prompts.system: the chat template of model refuses it: System role not supported",
     ], {"model.chat_template": NO_SYSTEM + PLAIN_TEMPLATE,
                                                    "prompts.system": "Be brief."}),
+    Case("template without the worked examples", [
+        "prompts.examples: the chat template of model does not render each of their turns exactly once; show the "
+        "examples inside prompts.system instead",
+    ], {"model.chat_template": NO_HISTORY, "prompts.examples": [{"input": "1+1=?", "output": "2"}]}),
+    Case("worked example without output", [
+        "prompts.examples.0.output: required, and not given",
+    ], {"prompts.examples": [{"input": "1+1=?"}]}),
     Case("template without the second turn", [
         "model.chat_template: does not render the user's second turn (prompts.self_correction)",
     ], {"model.chat_template": ONE_TURN}),

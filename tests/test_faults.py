@@ -23,7 +23,6 @@ import peft.peft_model
 import pytest
 import safetensors
 import transformers
-import yaml
 from conftest import ROOT, assert_same_ending, build_model, ending, fork_run, no_curves, output
 
 import train
@@ -368,7 +367,7 @@ def test_code_that_comes_with_a_model_is_run_only_when_asked_for(
 ) -> None:
     assert train.ModelConfig(name="x").trust_remote_code is False
     for file in (ROOT / "configs").glob("*.yaml"):
-        assert yaml.safe_load(file.read_text())["model"]["trust_remote_code"] is False, file
+        assert train.read_config(str(file)).model.trust_remote_code is False, file
     model, marker = build_model(tmp_path / "model"), tmp_path / "it_ran"
     config = json.loads((model / "config.json").read_text())
     own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}

@@ -73,7 +73,7 @@ def test_the_summed_gradient_is_that_of_one_process(
     make_policy: Callable[..., Any], tmp_path: Path, processes: int, rows: int, stage: int
 ) -> None:
     policy, config = make_policy({"train.max_grad_norm": 1e9, "train.micro_batch_size": 1})
-    perturb(policy, 0.05)  # far from the reference K3 would magnify the rounding of log-probs
+    perturb(policy, 0.2)  # far from the reference K3 would magnify the rounding of log-probs
     attempts = random_attempts(random.Random(rows), rows, (8, 12), policy.eos_token_ids)
     alone = train.improve(policy, SavingSGD(policy, tmp_path / "alone"), attempts, stage, config)
     assert alone.pop("logprob_drift") is None, "nothing here was sampled"

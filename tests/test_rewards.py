@@ -77,7 +77,7 @@ def scratch_registry(monkeypatch):
 
 
 def test_what_is_shipped():
-    assert set(REWARD_FNS) == {"exact_match", "format_and_match", "strict_format_and_match"}
+    assert set(REWARD_FNS) == {"exact_match", "format_and_match", "strict_format_and_match", "format_only"}
     assert set(ANSWER_EXTRACTORS) == {"gsm8k_hash", "math_final_answer", "identity"}
 
 
@@ -555,44 +555,47 @@ def test_a_lenient_reader_of_long_texts_finishes(text):
 
 # ---- rewards ---------------------------------------------------------------------------------------------------------
 
-# output, (exact_match, format_and_match, strict_format_and_match) for the target 42
+# output, what each of PAID pays for the target 42
+PAID = ("exact_match", "format_and_match", "strict_format_and_match", "format_only")
 OUTPUTS = [
-    ("<think>6*7</think><answer>42</answer>", (1.0, 1.0, 1.0)),
-    ("\n <think>6*7</think>\n\n<answer>42</answer> \n", (1.0, 1.0, 1.0)),
-    ("<think></think><answer>42.0</answer>", (1.0, 1.0, 1.0)),
-    ("<think>6*7</think><answer>41</answer>", (0.0, 0.5, 0.5)),
-    ("<think>6*7</think><answer></answer>", (0.0, 0.5, 0.5)),
-    ("<think>6*7</think>So<answer>42</answer>", (1.0, 1.0, 0.5)),
-    ("<think>6*7</think><answer>42</answer>.", (1.0, 1.0, 0.5)),
-    ("Well: <think>6*7</think><answer>42</answer>", (1.0, 1.0, 0.5)),
-    ("<think>6</think><think>*7</think><answer>42</answer>", (1.0, 1.0, 0.5)),
-    ("<think><think>6*7</think></think><answer>42</answer>", (1.0, 1.0, 0.5)),
-    ("<think><think>6*7</think><answer>42</answer>", (1.0, 1.0, 0.5)),
-    ("<think>6*7</think><answer>41<think></answer>", (0.0, 0.5, 0.0)),
-    ("<think>6*7<answer>42</answer></think><answer>42</answer>", (1.0, 0.75, 0.5)),
-    ("<think>6*7</think><answer>41</answer><answer>42</answer>", (1.0, 0.75, 0.5)),
-    ("<think>6*7</think><answer><answer>42</answer></answer>", (1.0, 0.75, 0.5)),
-    ("<think>6*7</think><answer>42</answer></answer>", (1.0, 0.75, 0.5)),
-    ("<think>in <answer> tags</think><answer>42</answer>", (1.0, 0.75, 0.5)),
-    ("<answer>42</answer><think>6*7</think>", (1.0, 1.0, 0.5)),
-    ("<answer>42</answer>", (1.0, 0.75, 0.5)),
-    ("</think><answer>42</answer>", (1.0, 0.75, 0.5)),
-    ("</think><think><answer>42</answer>", (1.0, 0.75, 0.5)),
-    ("<think>6*7</think>42", (0.0, 0.25, 0.0)),
-    ("<think>6*7</think><answer>42", (0.0, 0.25, 0.0)),
-    ("<think>6*7</think></answer>42<answer>", (0.0, 0.25, 0.0)),
-    ("<think>6*7", (0.0, 0.0, 0.0)),
-    ("<THINK>6*7</THINK><ANSWER>42</ANSWER>", (0.0, 0.0, 0.0)),
-    ("The answer is 42", (0.0, 0.0, 0.0)),
-    ("", (0.0, 0.0, 0.0)),
+    ("<think>6*7</think><answer>42</answer>", (1.0, 1.0, 1.0, 1.0)),
+    ("\n <think>6*7</think>\n\n<answer>42</answer> \n", (1.0, 1.0, 1.0, 1.0)),
+    ("<think></think><answer>42.0</answer>", (1.0, 1.0, 1.0, 1.0)),
+    ("<think>6*7</think><answer>41</answer>", (0.0, 0.5, 0.5, 1.0)),
+    ("<think>6*7</think><answer></answer>", (0.0, 0.5, 0.5, 0.5)),
+    ("<think>6*7</think>So<answer>42</answer>", (1.0, 1.0, 0.5, 1.0)),
+    ("<think>6*7</think><answer>42</answer>.", (1.0, 1.0, 0.5, 1.0)),
+    ("Well: <think>6*7</think><answer>42</answer>", (1.0, 1.0, 0.5, 1.0)),
+    ("<think>6</think><think>*7</think><answer>42</answer>", (1.0, 1.0, 0.5, 1.0)),
+    ("<think><think>6*7</think></think><answer>42</answer>", (1.0, 1.0, 0.5, 1.0)),
+    ("<think><think>6*7</think><answer>42</answer>", (1.0, 1.0, 0.5, 1.0)),
+    ("<think>6*7</think><answer>41<think></answer>", (0.0, 0.5, 0.0, 1.0)),
+    ("<think>6*7<answer>42</answer></think><answer>42</answer>", (1.0, 0.75, 0.5, 0.5)),
+    ("<think>6*7</think><answer>41</answer><answer>42</answer>", (1.0, 0.75, 0.5, 0.5)),
+    ("<think>6*7</think><answer><answer>42</answer></answer>", (1.0, 0.75, 0.5, 0.5)),
+    ("<think>6*7</think><answer>42</answer></answer>", (1.0, 0.75, 0.5, 0.5)),
+    ("<think>in <answer> tags</think><answer>42</answer>", (1.0, 0.75, 0.5, 0.5)),
+    ("<answer>42</answer><think>6*7</think>", (1.0, 1.0, 0.5, 1.0)),
+    ("<answer>42</answer>", (1.0, 0.75, 0.5, 0.5)),
+    ("</think><answer>42</answer>", (1.0, 0.75, 0.5, 0.5)),
+    ("</think><think><answer>42</answer>", (1.0, 0.75, 0.5, 0.5)),
+    ("<think>6*7</think>42", (0.0, 0.25, 0.0, 0.5)),
+    ("<think>6*7</think><answer>42", (0.0, 0.25, 0.0, 0.5)),
+    ("<think>6*7</think></answer>42<answer>", (0.0, 0.25, 0.0, 0.5)),
+    ("<think>6*7", (0.0, 0.0, 0.0, 0.0)),
+    ("<THINK>6*7</THINK><ANSWER>42</ANSWER>", (0.0, 0.0, 0.0, 0.0)),
+    ("<think>6*7</think><answer> \n </answer>", (0.0, 0.5, 0.5, 0.5)),
+    ("<answer></answer>", (0.0, 0.25, 0.0, 0.0)),
+    ("<answer>no idea</answer>", (0.0, 0.25, 0.0, 0.5)),
+    ("The answer is 42", (0.0, 0.0, 0.0, 0.0)),
+    ("", (0.0, 0.0, 0.0, 0.0)),
 ]
 
 
 @pytest.mark.parametrize(("extractor", "target"), [("identity", "42"), ("math_final_answer", "so $\\boxed{42}$.")])
-@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("place", range(len(PAID)))
 def test_what_each_reward_pays(extractor, target, place):
-    name = ["exact_match", "format_and_match", "strict_format_and_match"][place]
-    rewards = score(name, [text for text, _ in OUTPUTS], [target] * len(OUTPUTS), ANSWER_EXTRACTORS[extractor])
+    rewards = score(PAID[place], [text for text, _ in OUTPUTS], [target] * len(OUTPUTS), ANSWER_EXTRACTORS[extractor])
     assert dict(zip((t for t, _ in OUTPUTS), rewards, strict=True)) == {t: paid[place] for t, paid in OUTPUTS}
 
 
@@ -600,7 +603,8 @@ def test_what_each_reward_pays(extractor, target, place):
 def test_each_prediction_is_graded_against_its_own_target(name):
     outputs = [f"<think>a</think><answer>{n}</answer>" for n in (1, 2, 3)]
     first, second, third = score(name, outputs, ["#### 1", "#### 5", "#### 3.0"], GSM8K)
-    assert first == third == 1.0 and second == (0.0 if name == "exact_match" else 0.5)
+    wrong = {"exact_match": 0.0, "format_only": 1.0}.get(name, 0.5)
+    assert first == third == 1.0 and second == wrong
     assert score(name, [], [], GSM8K) == []
 
 
@@ -682,7 +686,7 @@ def test_the_prediction_at_fault_is_found_in_the_batch(scratch_registry):
 
 
 @pytest.mark.parametrize(("extract", "says"), [(fail, "raised KeyError"), (lambda text: None, "returned None")])
-@pytest.mark.parametrize("name", [*REWARD_FNS, "direct"])
+@pytest.mark.parametrize("name", ["exact_match", "format_and_match", "strict_format_and_match", "direct"])
 def test_a_bad_extractor_is_named_with_the_text(scratch_registry, extract, says, name):
     R.register_extractor("mine")(extract)
     R.register_reward("direct")(lambda predictions, targets, extract: [float(len(extract(p))) for p in predictions])
