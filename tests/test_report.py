@@ -1093,13 +1093,14 @@ def test_parts_nest_and_an_error_leaves_nothing_watched() -> None:
     model = torch.nn.Linear(1, 1)
     model.base_model_prefix, model.model = "model", torch.nn.Identity()
     inner, policy = train.grade, SimpleNamespace(decoder=None, model=SimpleNamespace(get_base_model=lambda: model))
-    optimizer = SimpleNamespace(step=lambda: (time.sleep(0.1), train.grade([], [], None)))
+    optimizer = SimpleNamespace(step=lambda: (time.sleep(0.1), train.grade([], [], None), time.sleep(0.1)))
 
     def fails() -> None:
         raise ValueError("in the step")
 
-    seconds, _ = profile_run.split_step(train, policy, optimizer, lambda: optimizer.step())
-    assert seconds["optimizer"] >= 0.1 > seconds["grading"] > 0
+    seconds, _ = profile_run.split_step(train, policy, optimizer, lambda: (optimizer.step(), time.sleep(0.1)))
+    assert seconds["optimizer"] >= 0.2, "before and after what it calls"
+    assert seconds["the rest"] >= 0.1 > seconds["grading"] > 0
     with pytest.raises(ValueError, match="in the step"):
         profile_run.split_step(train, policy, optimizer, fails)
     assert train.grade is inner
