@@ -31,7 +31,7 @@ Name it by its import path (`reward.fn: trl.rewards.accuracy_reward`), or as a f
   attempt 2 with attempt 1 and the instruction; `reward.completions: text` is for functions that want plain strings.
 - `reward.columns` gives a column by another name as well: TRL's accuracy_reward asks for `solution`, so on GSM8K it
   needs `reward.columns: {solution: target_answer}`. The whole target, `{solution: answer}`, is worse: it holds numbers
-  and $ before the answer, and math-verify takes one of these in 22 of the 7,473 train rows. Where the target's answer
+  and $ before the answer, and math-verify may take one of these. Where the target's answer
   is LaTeX, name the column of the whole target: math-verify finds a formula by its $ or box, and not without.
 - accuracy_reward reads LaTeX only: ask in prompts.system for the answer as <answer>\\boxed{...}</answer>, which it and
   the extractors here all read. think_format_reward wants the output to begin with <think>.
