@@ -1131,7 +1131,7 @@ def shuffled_batches(count: int, batch_size: int, epochs: float, seed: str) -> l
 # layer, captured once as a CUDA graph and replayed. Prompts are right-padded, so a token's position is its cache slot:
 # causal attention never sees a pad, and a decoded token attends to slots 0..position of its row and to nothing else.
 # Kernels find the K/V cache through an offset held in device memory, so graphs outlive the cache, which each rollout
-# allocates at its own size and frees before the update.
+# allocates at its own size and frees before the update. Attempt 2 goes on from attempt 1's K/V: only the bridge is new.
 if triton is not None:
 
     @triton.jit
@@ -1209,19 +1209,19 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["layer"])
     def _attend_kernel(
-        q, anchor, control, pos, o, part, layer, scale, KV: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr,
+        q, anchor, control, rows, pos, o, part, layer, scale, KV: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr,
         D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
     ):
-        """The GROUP query heads of one K/V head of one row over slots 0..pos, or over one of SPLITS parts of them."""
+        """One token's GROUP query heads of one K/V head over slots 0..pos of its cache row, or one of SPLITS parts."""
         row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         g, d = tl.arange(0, G), tl.arange(0, BLOCK_D)
         ok_d = d < D
         ok_q = (g < GROUP)[:, None] & ok_d[None, :]
         at = ((row * KV + head) * GROUP + g)[:, None] * D + d[None, :]
         query = tl.load(q + at, mask=ok_q, other=0.0)
-        rows, slots = tl.load(control + 1), tl.load(control + 2)
-        k = anchor + tl.multiple_of(tl.load(control), 16) + ((layer * 2 * rows + row) * KV + head) * slots * D
-        v = k + rows * KV * slots * D
+        held, slots, cell = tl.load(control + 1), tl.load(control + 2), tl.load(rows + row)
+        k = anchor + tl.multiple_of(tl.load(control), 16) + ((layer * 2 * held + cell) * KV + head) * slots * D
+        v = k + held * KV * slots * D
         length = tl.load(pos + row).to(tl.int32) + 1
         span = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
         start = split * span
@@ -1454,6 +1454,8 @@ class Decoder:
     """
 
     compact = True  # drop ended rows from the batch
+    continues = True  # inside conversation(), go on from the K/V of the generate() before
+    keeps = False  # leave the K/V to the next generate()
     burst = 8  # graph replays between two looks at which rows have ended
     splits: int | None = None  # programs that share one row's attention; None: enough to fill the card
     prompt_tokens = 8192  # prompt tokens in one forward pass, pads included
@@ -1492,8 +1494,23 @@ class Decoder:
         )
 
     def release(self) -> None:
-        """Drop graphs and buffers; the next generate() makes them again. K/V never outlives a generate()."""
-        self.graphs, self.pool, self.cache, self.state = {}, None, None, None
+        """Drop graphs and buffers; the next generate() makes them again. K/V outlives it in conversation() alone."""
+        self.graphs, self.pool, self.cache, self.state, self.kept = {}, None, None, None, None
+
+    @contextmanager
+    def conversation(self) -> Iterator[None]:
+        """Inside, prompts that each extend the one before them and its completion are prefilled from there on.
+
+        The weights must not change inside."""
+        self.keeps = self.continues
+        try:
+            yield
+        finally:
+            self.forget()
+
+    def forget(self) -> None:
+        """Free the K/V that is kept, and keep none for the rest of the conversation."""
+        self.keeps, self.kept = False, None
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -1515,15 +1532,19 @@ class Decoder:
         try:
             rows = self._start(prompts, max_new_tokens, temperature, seed)
             self._continue(rows, max_new_tokens, max(map(len, prompts)))
+            lengths = self.lengths[: len(prompts)].tolist()
+            tokens, logps = (t[: len(prompts), :max_new_tokens].tolist() for t in (self.tokens, self.logps))
+            tokens, logps = ([row[:n] for row, n in zip(t, lengths, strict=True)] for t in (tokens, logps))
+            if self.keeps:  # by prompt: the cache row and the tokens whose K/V it holds, which the last's is not among
+                held = [prompt + row[:-1] for prompt, row in zip(prompts, tokens, strict=True)]
+                self.kept = self.cache, self.state[4, :rows].argsort(), held
         finally:
             self.cache = None
-        lengths = self.lengths[: len(prompts)].tolist()
-        tokens, logps = (t[: len(prompts), :max_new_tokens].tolist() for t in (self.tokens, self.logps))
-        cut = [[row[:n] for row, n in zip(rows, lengths, strict=True)] for rows in (tokens, logps)]
-        return cut[0], cut[1]
+        return tokens, logps
 
     def _start(self, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int) -> int:
         """Prefill and the first token of each row. Returns the batch size, spare rows of the graph's size included."""
+        kept, self.kept = self._kept_for(prompts), None
         copies: dict[tuple, list[int]] = {}  # equal prompts are prefilled once
         for i, prompt in enumerate(prompts):
             copies.setdefault(tuple(prompt), []).append(i)
@@ -1549,7 +1570,7 @@ class Decoder:
             order + [*range(len(prompts), rows)],
         ]
         self.state[:, :rows] = torch.tensor(state, device=self.device)
-        hidden = self._prefill(unique)
+        hidden = self._go_on(unique, order[: len(unique)], *kept) if kept else self._prefill(unique)
         where = torch.tensor(source, device=self.device)
         if len(unique) < len(prompts):
             for layer in self.cache:
@@ -1603,11 +1624,11 @@ class Decoder:
                 return
             fewer = _rows_for_graph(len(alive)) if graph else len(alive)
             if self.compact and fewer <= rows * (0.5 if graph else 0.75):
-                spare = [row for row in range(rows) if ended[row]][: fewer - len(alive)]
-                kept = torch.tensor(alive + spare, device=self.device)
-                self.state[:, :fewer] = self.state[:, kept]
+                n = rows if self.keeps else fewer  # rows whose K/V is kept change places, others are overwritten
+                order = torch.tensor(sorted(range(rows), key=ended.__getitem__)[:n], device=self.device)
+                self.state[:, :n] = self.state[:, order]
                 for layer in self.cache:
-                    layer[:, :fewer, :, : longest + made] = layer[:, kept, :, : longest + made]
+                    layer[:, :n, :, : longest + made] = layer[:, order, :, : longest + made]
                 rows, looks = fewer, []
 
     def _graph(self, rows: int) -> torch.cuda.CUDAGraph:
@@ -1643,27 +1664,57 @@ class Decoder:
             first += len(part)
         return torch.cat(hidden)
 
+    def _kept_for(self, prompts: list[list[int]]) -> tuple | None:
+        """The kept K/V as (cache, cache row and number of known tokens of each prompt), if all prompts extend what is
+        kept; m prompts in a row may go on from one of it."""
+        if not self.kept or len(prompts) % len(self.kept[2]):
+            return None
+        cache, rows_of, held = self.kept
+        each = len(prompts) // len(held)
+        if any(p[: len(held[i // each])] != held[i // each] or p == held[i // each] for i, p in enumerate(prompts)):
+            return None
+        return cache, rows_of.repeat_interleave(each), [len(tokens) for tokens in held for _ in range(each)]
+
+    def _go_on(self, prompts, numbers, cache, rows_of, known) -> torch.Tensor:
+        """_prefill() of prompts whose first known[number] tokens have their K/V in row rows_of[number] of `cache`.
+
+        The other tokens run without pads, each over its row's slots as a decoded token does."""
+        known, source = [known[number] for number in numbers], rows_of[numbers]
+        for new, old in zip(self.cache, cache, strict=True):
+            new[:, : len(prompts), :, : max(known)] = old[:, source, :, : max(known)]
+        rest = [
+            (token, row, at)
+            for row, (prompt, n) in enumerate(zip(prompts, known, strict=True))
+            for at, token in enumerate(prompt[n:], n)
+        ]
+        ids, rows, pos = (torch.tensor(column, device=self.device) for column in zip(*rest, strict=True))
+        parts = zip(*(t.split(self.prompt_tokens) for t in (ids, rows, pos)), strict=True)
+        hidden = torch.cat([self._forward(*part) for part in parts])
+        return hidden[rows.bincount().cumsum(0) - 1]
+
     def _forward(self, ids, rows, pos, prompt=None, last=None) -> torch.Tensor:
         """Tokens ids [N] at (rows, pos) [N] of the cache -> normalized hidden states [N, hidden].
 
         prompt = (first row, rows, length) for a prefill of N = rows * length tokens, which keeps only tokens `last`."""
         h, y, below = F.embedding(ids, self.embedding), None, None
-        plan = None if self.kernels else self._plan(pos, prompt)
+        plan = None if self.kernels else self._plan(rows, pos, prompt)
         for index, layer in enumerate(self.layers):
             x = self._add_norm(h, y, below, layer.before)
             q = self._rope_cache(index, layer, layer.qkv(x), rows, pos, plan)
-            x = self._attend_prompt(index, q, prompt) if prompt else self._attend(index, q, pos, plan)
+            x = self._attend_prompt(index, q, prompt) if prompt else self._attend(index, q, rows, pos, plan)
             x = self._add_norm(h, layer.o(x), layer.o, layer.after)
             y, below = layer.down(self._silu_mul(layer, layer.gate_up(x))), layer.down
         if last is not None:
             h, y = h[last], y[last]
         return self._add_norm(h, y, below, self.backbone.norm.weight)
 
-    def _plan(self, pos: torch.Tensor, prompt) -> tuple:
-        """What every layer of the torch path shares: cos, sin [N, 1, head_dim / 2] and the mask [N, 1, 1, slots]."""
+    def _plan(self, rows: torch.Tensor, pos: torch.Tensor, prompt) -> tuple:
+        """What every layer of the torch path shares: cos, sin [N, 1, head_dim / 2], the mask [N, 1, 1, slots], rows."""
+        if torch.equal(rows, self.row_numbers[: len(rows)]):  # a token step reads the cache as it lies
+            rows = slice(len(rows))
         slots = 0 if prompt else int(pos.max()) + 1
         mask = torch.arange(slots, device=self.device) <= pos[:, None]
-        return self.cos[pos][:, None], self.sin[pos][:, None], mask[:, None, None]
+        return self.cos[pos][:, None], self.sin[pos][:, None], mask[:, None, None], rows
 
     def _add_norm(self, h, y, linear, weight) -> torch.Tensor:
         """h += y with linear's LoRA (y None: nothing to add), in place; returns RMSNorm(h)."""
@@ -1694,18 +1745,18 @@ class Decoder:
         if layer.norms:
             q, k = (F.rms_norm(t, (dim,), w, self.eps) for t, w in zip((q, k), layer.norms, strict=True))
         lo, hi = torch.cat((q, k), 1).chunk(2, -1)
-        cos, sin, _ = plan
+        cos, sin, *_ = plan
         q, k = torch.cat((lo * cos - hi * sin, hi * cos + lo * sin), -1).split([heads, kv], 1)
         self.cache[index][0][rows, :, pos] = k
         self.cache[index][1][rows, :, pos] = v
         return q.reshape(len(q), -1)
 
-    def _attend(self, index, q, pos, plan) -> torch.Tensor:
-        """One query token a row, q [N, heads * head_dim], over its row's slots 0..pos."""
+    def _attend(self, index, q, rows, pos, plan) -> torch.Tensor:
+        """Query tokens q [N, heads * head_dim], each over slots 0..pos of its cache row."""
         n, group, dim = len(q), self.heads // self.kv, self.head_dim
         if not self.kernels:
-            mask = plan[2]
-            k, v = self.cache[index, :, :n, :, : mask.shape[-1]]
+            _, _, mask, rows = plan
+            k, v = self.cache[index, :, :, :, : mask.shape[-1]][:, rows]
             return F.scaled_dot_product_attention(q.view(n, self.kv, group, dim), k, v, attn_mask=mask).view(n, -1)
         splits, out = self.splits or 1, torch.empty_like(q)
         while self.splits is None and splits < 16 and n * self.kv * splits <= self.processors:
@@ -1713,7 +1764,7 @@ class Decoder:
         part = q.new_empty(n * self.heads * splits * (dim + 2) * (splits > 1), dtype=torch.float32)
         wide = max(16, triton.next_power_of_2(dim))
         _attend_kernel[(n, self.kv, splits)](
-            q, self.anchor, self.control, pos, out, part, index, dim**-0.5, self.kv, group,
+            q, self.anchor, self.control, rows, pos, out, part, index, dim**-0.5, self.kv, group,
             max(16, triton.next_power_of_2(group)), dim, wide, max(16, 16384 // (wide * q.element_size())), splits,
             num_stages=self.stages,
         )
@@ -1804,12 +1855,13 @@ def roll_out(policy: Policy, examples: list[Example], config: Config, temperatur
     rank, processes = PROCESSES.process_index, PROCESSES.num_processes
     examples = examples[rank * len(examples) // processes : (rank + 1) * len(examples) // processes]
     seed = f"{seed}/process {rank}" if rank else seed
-    for number in range(1, attempts + 1):
-        prompts = [example.prompt for example in examples]
-        if made:
-            prompts = [prompt + without_eos(completion, policy) + policy.bridge
-                       for prompt, completion in zip(made[-1].prompts, made[-1].completions, strict=True)]
-        made.append(make_attempt(policy, prompts, examples, number, config, temperature, f"{seed}/{number}", made))
+    with policy.decoder.conversation() if policy.decoder else nullcontext():
+        for number in range(1, attempts + 1):
+            prompts = [example.prompt for example in examples]
+            if made:
+                prompts = [prompt + without_eos(completion, policy) + policy.bridge
+                           for prompt, completion in zip(made[-1].prompts, made[-1].completions, strict=True)]
+            made.append(make_attempt(policy, prompts, examples, number, config, temperature, f"{seed}/{number}", made))
     if processes > 1:
         made = [joined(parts, at_once=True) for parts in zip(*gather_object([made]), strict=True)]
     return made
@@ -1881,6 +1933,9 @@ def sample(
     if not prompts:  # more processes than rows
         return [], [] if policy.decoder else None
     size = rows_that_fit(policy, max(map(len, prompts)) + max_new_tokens)
+    if size < len(prompts) and policy.decoder:  # parts, if it comes to them, are prefilled whole
+        policy.decoder.forget()
+        size = rows_that_fit(policy, max(map(len, prompts)) + max_new_tokens)
     if size < len(prompts):
         parts = [sample(policy, prompts[i : i + size], max_new_tokens, temperature, f"{seed}/{i}")
                  for i in range(0, len(prompts), size)]

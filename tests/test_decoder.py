@@ -197,6 +197,121 @@ def test_model_and_adapter_save_as_before(tmp_path):
     assert generate(merged, PROMPTS, 6) == expected
 
 
+BRIDGE = [40, 41, 42]
+
+
+def converse(decoder, eos, temperature, turns=3, continues=True):
+    """Completions of each turn; a turn's prompts are the last turn's, its completions without EOS, and the bridge."""
+    decoder.continues, said, prompts = continues, [], PROMPTS * 3
+    with decoder.conversation():
+        for turn in range(turns):
+            said.append(decoder.generate(prompts, 14 + 3 * turn, temperature, turn))
+            rows = zip(prompts, said[-1][0], strict=True)
+            prompts = [p + (row[:-1] if row[-1] in eos else row) + BRIDGE for p, row in rows]
+    return said
+
+
+def spy_on_prefills(monkeypatch, decoder):
+    """[tokens of each forward pass that is not a token step], filled as the decoder works."""
+    sizes, forward = [], decoder._forward
+
+    def look(ids, rows, pos, *prompt):
+        if prompt or len(ids) != len(rows.unique()):
+            sizes.append(len(ids))
+        return forward(ids, rows, pos, *prompt)
+
+    monkeypatch.setattr(decoder, "_forward", look)
+    return sizes
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_going_on_from_kept_kv_equals_a_fresh_prefill(family, compact, temperature, monkeypatch):
+    """Also where rows ended at several lengths, by EOS and by the budget, were dropped, and where prompts are equal."""
+    monkeypatch.setattr(Decoder, "compact", compact)
+    model = make_model(CONFIGS[family], {})
+    eos = [row[k] for row, k in zip(Decoder(model, [], 0).generate(PROMPTS, 14, 0.0, 0)[0], (5, 9), strict=False)]
+    decoder = Decoder(model, eos, 0)
+    fresh = converse(decoder, eos, temperature, continues=False)
+    lengths = {len(row) for row in fresh[0][0]}
+    assert len(lengths) > 2
+    assert max(lengths) == 14 > min(lengths)
+    sizes = spy_on_prefills(monkeypatch, decoder)
+    going_on = converse(decoder, eos, temperature)
+    for (tokens, logps), (expected, expected_logps) in zip(going_on, fresh, strict=True):
+        assert tokens == expected
+        for mine, theirs in zip(logps, expected_logps, strict=True):
+            torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), atol=1e-4, rtol=0)
+    rows = len(PROMPTS) * 3
+    assert len(sizes) == 3
+    assert max(sizes[1:]) <= rows * (len(BRIDGE) + 1), "only the bridge, and a last token that was never fed, are new"
+    assert decoder.kept is None
+
+
+@pytest.mark.parametrize("prompt_tokens", [1, 7])
+def test_a_bridge_longer_than_one_forward_pass_goes_in_parts(prompt_tokens, monkeypatch):
+    decoder = Decoder(make_model(CONFIGS["qwen2"], {}), [3], 0)
+    fresh = converse(decoder, [3], 0.0, continues=False)
+    monkeypatch.setattr(decoder, "prompt_tokens", prompt_tokens)
+    assert [tokens for tokens, _ in converse(decoder, [3], 0.0)] == [tokens for tokens, _ in fresh]
+
+
+@pytest.mark.parametrize("change", ["token", "shorter", "same", "fewer", "more", "order"])
+def test_prompts_that_do_not_extend_what_is_kept_are_prefilled_afresh(change, monkeypatch):
+    decoder = Decoder(make_model(CONFIGS["qwen2"], {}), [], 0)
+    first = decoder.generate(PROMPTS, 6, 0.0, 0)[0]
+    whole = [p + row + BRIDGE for p, row in zip(PROMPTS, first, strict=True)]
+    prompts = {
+        "token": [[60, *whole[0][1:]], *whole[1:]],
+        "shorter": [whole[0][:4], *whole[1:]],
+        "same": [PROMPTS[0] + first[0][:-1], *whole[1:]],
+        "fewer": whole[:-1],
+        "more": [*whole, [8, 9]],
+        "order": whole[::-1],
+    }[change]
+    expected = decoder.generate(prompts, 8, 0.0, 0)[0]
+    sizes = spy_on_prefills(monkeypatch, decoder)
+    with decoder.conversation():
+        assert decoder.generate(PROMPTS, 6, 0.0, 0)[0] == first
+        assert decoder.generate(prompts, 8, 0.0, 0)[0] == expected
+    assert sizes[1] >= sum(map(len, prompts))
+
+
+def test_several_prompts_go_on_from_one_kept_row(monkeypatch):
+    decoder = Decoder(make_model(CONFIGS["qwen2"], {}), [], 0)
+    first = decoder.generate(PROMPTS, 6, 0.0, 0)[0]
+    prompts = [p + row + BRIDGE + [tail] for p, row in zip(PROMPTS, first, strict=True) for tail in (50, 50, 51)]
+    expected = decoder.generate(prompts, 8, 1.0, 7)[0]
+    sizes = spy_on_prefills(monkeypatch, decoder)
+    with decoder.conversation():
+        decoder.generate(PROMPTS, 6, 0.0, 0)
+        assert decoder.generate(prompts, 8, 1.0, 7)[0] == expected
+    new = len(BRIDGE) + 2  # the last token of attempt 1, the bridge and the tail
+    assert sizes[1] == len({*map(tuple, PROMPTS)}) * 2 * new, "equal prompts go on once"
+
+
+def test_kv_is_kept_inside_a_conversation_only_and_freed_however_it_ends(monkeypatch):
+    decoder = Decoder(make_model(CONFIGS["qwen2"], {}), [], 0)
+    decoder.generate(PROMPTS, 4, 0.0, 0)
+    assert decoder.kept is None
+    with pytest.raises(ZeroDivisionError), decoder.conversation():
+        decoder.generate(PROMPTS, 4, 0.0, 0)
+        assert decoder.kept is not None
+        raise ZeroDivisionError
+    assert (decoder.kept, decoder.cache, decoder.keeps) == (None, None, False)
+    with decoder.conversation():
+        decoder.generate(PROMPTS, 4, 0.0, 0)
+        decoder.forget()
+        assert decoder.kept is None
+        decoder.generate(PROMPTS, 4, 0.0, 0)
+        assert decoder.kept is None
+    monkeypatch.setattr(Decoder, "continues", False)
+    with decoder.conversation():
+        decoder.generate(PROMPTS, 4, 0.0, 0)
+        assert decoder.kept is None
+
+
 def test_bad_calls_are_refused_and_no_prompts_are_no_work():
     decoder = Decoder(make_model(CONFIGS["llama"], {}), [], 0)
     assert decoder.generate([], 4, 1.0, 0) == ([], [])
@@ -238,6 +353,14 @@ for splits, prompts in ((None, t.PROMPTS[:2]), (4, t.PROMPTS[2:4])):
     expected = plain.generate(prompts, 4, 0.0, 0)
     assert tokens == expected[0], (tokens, expected[0])
     torch.testing.assert_close(torch.tensor(logps), torch.tensor(expected[1]), atol=1e-4, rtol=0)
+    longer = [[*p, *row, 40, 41] for p, row in zip(prompts, tokens)]
+    with kernels.conversation():
+        kernels.generate(prompts, 4, 0.0, 0)
+        assert kernels.kept
+        tokens, logps = kernels.generate(longer, 3, 0.0, 0)
+    expected = plain.generate(longer, 3, 0.0, 0)
+    assert tokens == expected[0], (tokens, expected[0])
+    torch.testing.assert_close(torch.tensor(logps), torch.tensor(expected[1]), atol=1e-4, rtol=0)
 (a, b), logps = kernels.generate([[5], [5]], 4, 2.0, 3)
 assert a != b
 assert ((a, b), logps) != kernels.generate([[5], [5]], 4, 2.0, 4)
@@ -272,6 +395,18 @@ class TestOnCuda:
             assert decoder.generate(prompts, 30, 0.0, 0)[0] == expected
         shake(model, 0.3)
         assert decoder.generate(prompts, 30, 0.0, 0)[0] == generate(model, prompts, 30, eos), "a graph held old weights"
+
+    def test_going_on_from_kept_kv_equals_a_fresh_prefill_in_float32(self):
+        model = make_model(CONFIGS["qwen3"], {}, "cuda")
+        eos = [row[k] for row, k in zip(generate(model, PROMPTS, 14), (2, 5, 9), strict=False)]
+        for compact in (True, False):
+            decoder = Decoder(model, eos, 0)
+            decoder.compact = compact
+            for temperature in (0.0, 1.0):
+                fresh = converse(decoder, eos, temperature, continues=False)
+                going_on = converse(decoder, eos, temperature)
+                assert [tokens for tokens, _ in going_on] == [tokens for tokens, _ in fresh]
+            assert decoder.kept is None
 
     def test_graphs_agree_with_the_forward_in_bfloat16(self):
         model = make_model(CONFIGS["qwen3"], {}, "cuda", torch.bfloat16)
