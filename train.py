@@ -304,6 +304,8 @@ class TrainConfig(Section):
     beta2: Real = Field(0.1, ge=0)
     baseline: Literal["leave_one_out", "batch", "none"] = "leave_one_out"
     num_generations: int = Field(1, ge=1)
+    corrections: int = Field(1, ge=1)
+    reference_attempts: Real = Field(0.0, ge=0, lt=1)
     importance_clip: Real | None = Field(None, gt=0)
     length_norm: Literal["sequence", "constant"] = "sequence"
     generation_temperature: Real = Field(1.0, gt=0)
@@ -409,6 +411,10 @@ def budget_faults(config: Config) -> list[str]:
                 f"train.stage{stage}_batch_size: baseline {train.baseline} needs at least 2 rollouts a step; "
                 "raise the batch or num_generations, or set train.baseline to none"
             )
+    drawn = int(train.reference_attempts * train.stage2_batch_size)
+    if train.baseline != "none" and drawn and (train.stage2_batch_size - drawn) * train.num_generations == 1:
+        faults.append(f"train.reference_attempts: {train.reference_attempts:g} leaves one first attempt of the policy "
+                      "itself in a batch; lower it or raise train.stage2_batch_size")
     if config.model.fast_inference and config.model.decoder != "auto":
         faults.append(f"model.decoder: {config.model.decoder} leaves nothing to model.fast_inference; set it to auto")
     for section in ("train", "eval") if config.model.fast_inference else ():
@@ -1840,38 +1846,51 @@ class Attempt:
     correct: list[bool]
     flexible: list[bool]  # correct if a lenient reader looks for the answer: for diagnosis, never a reward
     truncated: list[bool]  # the budget ended it, not EOS
+    by_reference: list[bool]  # drawn from the reference policy: not trained on
     sampled_log_probs: list[list[float]] | None  # by the decoder, under softmax(logits / T)
     seconds: float
 
 
 def roll_out(policy: Policy, examples: list[Example], config: Config, temperature: float, seed: str,
-             attempts: int = 2) -> list[Attempt]:
+             attempts: int = 2, corrections: int = 1, by_reference: int = 0) -> list[Attempt]:
     """Samples the attempts at every example one after the other; returns [attempt 1, attempt 2, ...] with rewards.
 
-    A later prompt holds the attempts before it verbatim, reasoning included. Raises RewardError.
+    A later prompt holds the attempts before it verbatim, reasoning included. With `corrections` m a first attempt
+    stands in m rows, one after the other, and is corrected in each anew. The reference policy makes the first attempts
+    at the last `by_reference` examples. Raises RewardError.
 
     Several processes take a share of the examples each, and all return the whole."""
-    made: list[Attempt] = []
     rank, processes = PROCESSES.process_index, PROCESSES.num_processes
-    examples = examples[rank * len(examples) // processes : (rank + 1) * len(examples) // processes]
-    seed = f"{seed}/process {rank}" if rank else seed
+    first_row, end = (number * len(examples) // processes for number in (rank, rank + 1))
+    own = max(0, min(end, len(examples) - by_reference) - first_row)
+    examples, seed = examples[first_row:end], f"{seed}/process {rank}" if rank else seed
     with policy.decoder.conversation() if policy.decoder else nullcontext():
-        for number in range(1, attempts + 1):
-            prompts = [example.prompt for example in examples]
-            if made:
-                prompts = [prompt + without_eos(completion, policy) + policy.bridge
-                           for prompt, completion in zip(made[-1].prompts, made[-1].completions, strict=True)]
-            made.append(make_attempt(policy, prompts, examples, number, config, temperature, f"{seed}/{number}", made))
+        prompts = [example.prompt for example in examples]
+        made = [make_attempt(policy, prompts[:own], examples[:own], config, temperature, f"{seed}/1")]
+        if own < len(examples):
+            if policy.decoder:
+                policy.decoder.forget()  # the policy's own K/V of what the reference writes is another
+            with reference(policy):
+                drawn = make_attempt(policy, prompts[own:], examples[own:], config, temperature, f"{seed}/reference")
+            drawn.by_reference = [True] * len(drawn.texts)
+            made = [joined([*made, drawn])]
+        if corrections > 1:
+            repeated = [row for row in range(len(examples)) for _ in range(corrections)]
+            made, examples = [picked(made[0], repeated)], [examples[row] for row in repeated]
+        for number in range(2, attempts + 1):
+            prompts = [prompt + without_eos(completion, policy) + policy.bridge
+                       for prompt, completion in zip(made[-1].prompts, made[-1].completions, strict=True)]
+            made.append(make_attempt(policy, prompts, examples, config, temperature, f"{seed}/{number}", made))
     if processes > 1:
         made = [joined(parts, at_once=True) for parts in zip(*gather_object([made]), strict=True)]
     return made
 
 
-def make_attempt(policy: Policy, prompts: list[list[int]], examples: list[Example], number: int, config: Config,
-                 temperature: float, seed: str, earlier: Sequence[Attempt] = ()) -> Attempt:
-    """Samples and grades attempt `number` at every example, after `earlier` ones. Raises RewardError."""
+def make_attempt(policy: Policy, prompts: list[list[int]], examples: list[Example], config: Config, temperature: float,
+                 seed: str, earlier: Sequence[Attempt] = ()) -> Attempt:
+    """Samples and grades one attempt at every example, after `earlier` ones. Raises RewardError."""
     start = time.perf_counter()
-    budget = getattr(config.train, f"max_new_tokens_attempt{min(number, 2)}")
+    budget = config.train.max_new_tokens_attempt2 if earlier else config.train.max_new_tokens_attempt1
     completions, log_probs = sample(policy, prompts, budget, temperature, seed)
     without_end = [without_eos(completion, policy) for completion in completions]
     texts = policy.tokenizer.batch_decode(without_end, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -1882,7 +1901,8 @@ def make_attempt(policy: Policy, prompts: list[list[int]], examples: list[Exampl
     rewards, correct = grade(texts, targets, config.reward, named)
     truncated = [len(written) == len(completion) for written, completion in zip(without_end, completions, strict=True)]
     answers, flexible = diagnose(texts, targets, truncated, extract)
-    return Attempt(prompts, completions, texts, answers, rewards, correct, flexible, truncated, log_probs, seconds)
+    own = [False] * len(texts)
+    return Attempt(prompts, completions, texts, answers, rewards, correct, flexible, truncated, own, log_probs, seconds)
 
 
 def without_eos(completion: list[int], policy: Policy) -> list[int]:
@@ -2115,16 +2135,34 @@ def stage_terms(stage: int, r1: torch.Tensor, r2: torch.Tensor, train: TrainConf
     return [(r1, train.beta1), (r2 + train.alpha * (r2 - r1), train.beta1)]
 
 
-def advantages(returns: torch.Tensor, train: TrainConfig) -> torch.Tensor:
+def advantages(returns: torch.Tensor, train: TrainConfig, together: int | None = None) -> torch.Tensor:
     """Returns [B] minus a baseline that does not depend on the row's own sample (`batch` nearly so), so that the
-    gradient keeps its direction and loses variance. With num_generations > 1 rows of one prompt stand together."""
+    gradient keeps its direction and loses variance. `together` samples of one prompt (num_generations) stand one after
+    the other and are compared with each other; where there is only 1, the whole batch is."""
+    together = together or train.num_generations
     if train.baseline == "none":
         return returns
     if train.baseline == "batch":
         return returns - returns.mean()
-    groups = returns.view(-1, train.num_generations) if train.num_generations > 1 else returns.view(1, -1)
+    groups = returns.view(-1, together) if together > 1 else returns.view(1, -1)
     others = (groups.sum(1, keepdim=True) - groups) / (groups.shape[1] - 1)
     return (groups - others).view(-1)
+
+
+def credits_of(attempts: list[Attempt], terms: list[tuple[torch.Tensor, float]], train: TrainConfig) -> torch.Tensor:
+    """The advantage of every attempt [attempts, B]; 0 where the reference made it.
+
+    With corrections m > 1 a correction is compared with the m - 1 others of the same first attempt, all else being
+    equal; a first attempt, which stands in m rows, is compared with other first attempts by its mean return."""
+    credit, m = torch.zeros(len(attempts), len(attempts[0].texts)), train.corrections
+    for number, (attempt, (returns, _)) in enumerate(zip(attempts, terms, strict=True)):
+        own = ~torch.tensor(attempt.by_reference)
+        if number and m > 1:
+            credit[number] = advantages(returns, train, m)
+        else:
+            means = returns[own].view(-1, m).mean(1)
+            credit[number, own] = advantages(means, train).repeat_interleave(m)
+    return credit
 
 
 def micro_batches(attempt: Attempt, max_tokens: int) -> list[list[int]]:
@@ -2149,12 +2187,13 @@ def accumulate_gradients(policy: Policy, attempts: list[Attempt], terms: list[tu
     to the parameters, a micro-batch of conversations at a time: attempt 2's row begins with attempt 1's, so one forward
     pass of the policy, one of the reference and one backward pass serve both. `terms` holds each attempt's returns [B]
     and kappa. A is the advantage, N the completion's own length (`sequence`) or the token budget (`constant`, Dr.
-    GRPO). With `importance_clip` C, A is weighted a token by min(pi / sampler, C): truncated importance sampling, for a
-    sampler whose probabilities are a little off. Returns each attempt's share of the loss and its token statistics."""
+    GRPO). Rows whose first attempt is the reference's train attempt 2 alone. With `importance_clip` C, A is weighted
+    a token by min(pi / sampler, C): truncated importance sampling, for a sampler whose probabilities are a little off.
+    Returns each attempt's share of the loss and its token statistics."""
     budgets, last = (train.max_new_tokens_attempt1, train.max_new_tokens_attempt2), attempts[-1]
-    credits = [advantages(returns, train).tolist() for returns, _ in terms]
-    sums = torch.zeros(len(attempts), 3, device=DEVICE)  # loss, KL, drift: read once, at the end
-    peaks, tokens = torch.zeros(len(attempts), device=DEVICE), [0] * len(attempts)
+    credits, counted = credits_of(attempts, terms, train).tolist(), [a.by_reference.count(False) for a in attempts]
+    sums = torch.zeros(len(attempts), 4, device=DEVICE)  # loss, KL, drift, tokens: read once, at the end
+    peaks = torch.zeros(len(attempts), device=DEVICE)
     for rows in micro_batches(last, policy.micro_tokens):
         prompts = [attempt.prompts[r] for attempt in attempts for r in rows]  # attempt by attempt
         completions = [attempt.completions[r] for attempt in attempts for r in rows]
@@ -2164,28 +2203,29 @@ def accumulate_gradients(policy: Policy, attempts: list[Attempt], terms: list[tu
             reference_log_probs = completion_log_probs(*batch)
         log_probs = completion_log_probs(*batch)  # [N]
         lengths = torch.tensor([len(completion) for completion in completions])
-        norms = [len(attempt.completions[r]) if train.length_norm == "sequence" else budget
-                 for attempt, budget in zip(attempts, budgets, strict=False) for r in rows]
+        norms = [count * (len(attempt.completions[r]) if train.length_norm == "sequence" else budget)
+                 for attempt, count, budget in zip(attempts, counted, budgets, strict=False) for r in rows]
+        own = torch.tensor([[not attempt.by_reference[r]] for attempt in attempts for r in rows])
         weights = torch.tensor([[credit[r], kappa] for credit, (_, kappa) in zip(credits, terms, strict=True)
-                                for r in rows]) / torch.tensor(norms)[:, None] / len(last.completions)
-        credit, kappa = weights.repeat_interleave(lengths, 0).to(DEVICE).unbind(1)  # [N] each
+                                for r in rows]) / torch.tensor(norms)[:, None] * own
+        columns = torch.cat([weights, own], 1).repeat_interleave(lengths, 0).to(DEVICE)
+        credit, kappa, own = columns.unbind(1)  # [N] each
         drift = torch.zeros_like(log_probs)
         if last.sampled_log_probs is not None:
             sampled = torch.tensor([p for a in attempts for r in rows for p in a.sampled_log_probs[r]], device=DEVICE)
-            drift = log_probs.detach() - sampled
+            drift = (log_probs.detach() - sampled) * own
             if train.importance_clip:
                 credit = credit * drift.exp().clamp(max=train.importance_clip)
-        kl = k3(log_probs, reference_log_probs)
+        kl = k3(log_probs, reference_log_probs) * own
         loss = kappa * kl - credit * log_probs
         loss.sum().backward()
         counts = lengths.view(len(attempts), -1).sum(1).tolist()
-        parts = zip(*(values.detach().split(counts) for values in (loss, kl, drift)), strict=True)
-        for number, (loss, kl, drift) in enumerate(parts):
-            sums[number] += torch.stack([loss.sum(), kl.sum(), drift.abs().sum()])
+        parts = zip(*(values.detach().split(counts) for values in (loss, kl, drift, own)), strict=True)
+        for number, (loss, kl, drift, own) in enumerate(parts):
+            sums[number] += torch.stack([loss.sum(), kl.sum(), drift.abs().sum(), own.sum()])
             peaks[number] = torch.maximum(peaks[number], kl.max())  # keeps a NaN
-            tokens[number] += counts[number]
-    return [dict(loss=loss, kl_sum=kl, drift_sum=drift, kl_max=peak, tokens=count)
-            for (loss, kl, drift), peak, count in zip(sums.tolist(), peaks.tolist(), tokens, strict=True)]
+    return [dict(loss=loss, kl_sum=kl, drift_sum=drift, kl_max=peak, tokens=tokens)
+            for (loss, kl, drift, tokens), peak in zip(sums.tolist(), peaks.tolist(), strict=True)]
 
 
 def improve(policy: Policy, optimizer: torch.optim.Optimizer, attempts: list[Attempt], stage: int,
@@ -2316,6 +2356,12 @@ def vote(policy: Policy, examples: list[Example], config: Config) -> dict[str, f
                     attempt, winner = cast[majority([a.texts[r] for a, r in cast], extract)]
                     right[way, 2 * k] += attempt.correct[winner]
     return {f"vote_{way}_{budget}": count / len(examples) for (way, budget), count in right.items()}
+
+
+def picked(attempt: Attempt, rows: Sequence[int]) -> Attempt:
+    """Some rows of an attempt, or one row several times."""
+    columns = ((f.name, getattr(attempt, f.name)) for f in fields(Attempt))
+    return Attempt(**{name: [c[row] for row in rows] if isinstance(c, list) else c for name, c in columns})
 
 
 def joined(batches: Sequence[Attempt], at_once: bool = False) -> Attempt:
@@ -3009,14 +3055,23 @@ def train_stage(policy: Policy, examples: list[Example], stage: int, config: Con
             group["lr"] = train.learning_rate * min(1.0, step / max(1, train.warmup_steps))
         torch.manual_seed(random.Random(f"{seed}/{step}").getrandbits(31))  # LoRA dropout, and whatever else draws
         start = time.perf_counter()
-        attempts = roll_out(policy, rows, config, train.generation_temperature, f"{seed}/{step}")
+        seeded = int(train.reference_attempts * len(batches[step - 1])) * train.num_generations if stage == 2 else 0
+        attempts = roll_out(policy, rows, config, train.generation_temperature, f"{seed}/{step}", 2, train.corrections,
+                            seeded)
         rolled_out = time.perf_counter()
+        rows = [row for row in rows for _ in range(train.corrections)]
         update = improve(policy, optimizer, attempts, stage, config)
         where = {"event": "train", "stage": stage, "step": step}
-        event = where | {"global_step": steps_before + step} | attempt_means(attempts)
+        of_reference = attempts[0].by_reference
+        own = [picked(attempt, [i for i, drawn in enumerate(of_reference) if not drawn]) for attempt in attempts]
+        event = where | {"global_step": steps_before + step} | attempt_means(own)
         event["reward_gap"] = event["reward_attempt2"] - event["reward_attempt1"]
-        tokens = sum(len(completion) for attempt in attempts for completion in attempt.completions)
-        event["tokens_per_second"] = tokens / sum(attempt.seconds for attempt in attempts)
+        if seeded:  # how well the reference's mistakes are mended
+            theirs = attempt_means([picked(a, [i for i, drawn in enumerate(of_reference) if drawn]) for a in attempts])
+            event |= {f"{key}_of_reference": theirs[key] for key in ("acc_attempt1", "acc_attempt2", "wrong_to_correct",
+                                                                     "correct_to_wrong", "wrong_mended")}
+        completions = attempts[0].completions[:: train.corrections] + attempts[1].completions
+        event["tokens_per_second"] = sum(map(len, completions)) / sum(attempt.seconds for attempt in attempts)
         event |= update | {"seconds_rollout": rolled_out - start, "seconds_update": time.perf_counter() - rolled_out,
                   "peak_memory_gb": torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None}
         run.log(event, sample_rows(rows, attempts, where, most=None if update["skipped"] else 4))
