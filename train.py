@@ -544,21 +544,17 @@ def check_adapter(folder: Path, config: Config) -> None:
                         "outputs/NAME/stage1") from None
     except ValueError:
         raise UserError(f"--resume-adapter {folder}: adapter_config.json is not valid JSON") from None
-    if not isinstance(saved, dict):
-        raise UserError(f"--resume-adapter {folder}: adapter_config.json is a {type(saved).__name__}, not a mapping")
-    base, wanted = str(saved.get("base_model_name_or_path")), config.model.name
-    same = base == wanted or (Path(base).exists() and Path(wanted).exists() and Path(base).samefile(wanted))
-    lora = config.model.lora
-    modules = saved.get("target_modules")
-    for key, theirs, ours, fits in (
-        ("model.name", base, wanted, same),
-        ("model.lora.r", saved.get("r"), lora.r, saved.get("r") == lora.r),
-        ("model.lora.alpha", saved.get("lora_alpha"), lora.alpha, saved.get("lora_alpha") == lora.alpha),
-        ("model.lora.target_modules", modules, lora.target_modules,
-         isinstance(modules, list) and set(map(str, modules)) == set(lora.target_modules)),
+    base, wanted, lora = str(saved.get("base_model_name_or_path")), config.model.name, config.model.lora
+    if Path(base).exists() and Path(wanted).exists() and Path(base).samefile(wanted):
+        base = wanted
+    for key, theirs, ours in (
+        ("name", base, wanted),
+        ("lora.r", saved.get("r"), lora.r),
+        ("lora.alpha", saved.get("lora_alpha"), lora.alpha),
+        ("lora.target_modules", sorted(saved.get("target_modules") or []), sorted(set(lora.target_modules))),
     ):
-        if not fits:
-            raise UserError(f"--resume-adapter {folder}: trained with {key} {theirs}, the config says {ours}")
+        if theirs != ours:
+            raise UserError(f"--resume-adapter {folder}: trained with model.{key} {theirs}, the config says {ours}")
     for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
         if saved.get(key):
             raise UserError(f"--resume-adapter {folder}: trained with {key}, which this trainer does not do")
