@@ -960,16 +960,14 @@ def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
             for split, (reader, files) in loaded.items():
                 place = ", ".join(files)
                 loaded[split] = datasets.load_dataset(reader, data_files=files, split="train")
-            if not loaded:
-                raise UserError(f"dataset.name: {path} holds no train/test .jsonl, .parquet, .csv files")
         else:
             loaded = datasets.load_dataset(wanted.name, wanted.config_name, revision=wanted.revision)
-    except UserError:
-        raise
     except Exception as error:  # one class a library, a network and a file format
         cause = error.__cause__ or error
         reason = "it is empty" if isinstance(cause, StopIteration) else first_line(cause)
         raise UserError(f"dataset.name: cannot load {place}: {reason}") from None
+    if not loaded:
+        raise UserError(f"dataset.name: {path} holds no train/test .jsonl, .parquet, .csv files")
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 
 
@@ -2486,7 +2484,8 @@ class Run:
         packages = ("torch", "transformers", "peft", "unsloth", "datasets")
         results = {
             "run_name": self.config.run_name, "evals": evals,
-            "versions": {"python": sys.version.split()[0]} | {p: installed_version(p) for p in packages},
+            "versions": {"python": sys.version.split()[0]} | {
+                p: importlib.metadata.version(p) if importlib.util.find_spec(p) else None for p in packages},
             "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type,
             "seconds_total": self.seconds_before + time.time() - self.started, "git_commit": git_commit(),
             "command": self.command,
@@ -2505,10 +2504,6 @@ def where_to_look(config: Config) -> str:
     """The files of a run that show how it went."""
     folder = Path(config.output.dir) / config.run_name
     return ", ".join(str(folder / name) for name in ("results.md", "curves.png") if (folder / name).exists())
-
-
-def installed_version(package: str) -> str | None:
-    return importlib.metadata.version(package) if importlib.util.find_spec(package) else None
 
 
 def git_commit() -> str | None:
@@ -2567,7 +2562,6 @@ def enter_run(args: argparse.Namespace, run: Run, checkpoint: Path | None) -> No
     before = {}
     with suppress(OSError, ValueError):  # none yet, or a damaged one, which is written anew
         before = json.loads((folder / "results.json").read_text())
-    before = before if isinstance(before, dict) else {}
     if args.eval_only and (folder / "config.yaml").exists():  # beside a run, which may be running
         run.kept = {key: value for key, value in before.items() if key != "evals"}
         return
@@ -2580,8 +2574,8 @@ def enter_run(args: argparse.Namespace, run: Run, checkpoint: Path | None) -> No
     halves = [c for c in folder.glob("stage*/step_*") if args.resume and not (c / "state.json").exists()]
     for leftover in [*folder.glob("stage*/.*.tmp"), *folder.glob(".*.tmp"), *halves]:  # a kill left them
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    if args.resume and isinstance(before.get("seconds_total"), float):
-        run.seconds_before = before["seconds_total"]
+    if args.resume:
+        run.seconds_before = before.get("seconds_total", 0.0)
     if not args.eval_only:
         fresh = (1, 0 if args.resume else -1) if args.start_stage == 1 else (2, -1)
         rewind(folder, *(checkpoint_place(checkpoint) if checkpoint else fresh))
@@ -2626,16 +2620,14 @@ def rewind(folder: Path, stage: int, step: int) -> None:
     order = {"pretrain": (1, 0), "stage1": (1, math.inf), "stage2": (2, math.inf)}
     mark = lambda e: [e.get(key) for key in ("event", "checkpoint", "stage", "step", "adapter")]  # noqa: E731
     logged = [mark(event) for event in read_lines(folder / "metrics.jsonl")]
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        events = read_lines(folder / name)
-        kept = []
-        for event in events:  # "adapter" marks the evaluation of the adapter that Stage II started from
-            place = (2, 0) if "adapter" in event else order.get(event.get("checkpoint"))
-            past = "eval_only" not in event and (place or (event["stage"], event["step"])) > (stage, step)
-            if not past and mark(event) in logged:
-                kept.append(event)
-        if (folder / name).exists():
-            write_atomically(folder / name, "".join(map(to_json, kept)))
+
+    def past(e: dict[str, Any]) -> bool:  # "adapter" marks the evaluation of the adapter that Stage II started from
+        place = (2, 0) if "adapter" in e else order.get(e.get("checkpoint")) or (e["stage"], e["step"])
+        return "eval_only" not in e and place > (stage, step)
+
+    for file in filter(Path.exists, (folder / "metrics.jsonl", folder / "samples.jsonl")):
+        kept = [event for event in read_lines(file) if mark(event) in logged and not past(event)]
+        write_atomically(file, "".join(map(to_json, kept)))
 
 
 @on_main
