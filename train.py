@@ -672,15 +672,12 @@ def load_tokenizer(config: Config) -> Any:
     except Exception as error:  # a wrong name, no network, or a damaged file: each library has its own class for it
         place = name if os.path.isdir(name) else f"{name} (no folder here, so a hub id)"
         raise UserError(f"model.name: no tokenizer at {place}: {first_line(error)}") from None
-    if config.model.chat_template:
-        file = Path(config.model.chat_template)
-        inline = "{" in config.model.chat_template
-        if not inline and not os.path.isfile(file):  # unlike Path.is_file, says no to a text too long for a path
-            raise UserError(f"model.chat_template: neither a Jinja template nor a file: {config.model.chat_template!r}")
+    if template := config.model.chat_template:
         try:
-            tokenizer.chat_template = config.model.chat_template if inline else file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"model.chat_template: {file} cannot be read: {first_line(error)}") from None
+            tokenizer.chat_template = template if "{" in template else Path(template).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise UserError(f"model.chat_template: no Jinja template, and no file: {template!r}: {reason}") from None
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
         raise UserError(f"model.name: {name} has no tokenizer (tokenizer.json)")
     if not tokenizer.chat_template:
@@ -889,9 +886,8 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
 
 
 def first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    ask = "; model.trust_remote_code: true would run it" if "trust_remote_code" in str(error) else ""
-    return lines[0].strip()[:300] + ask
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip()
+    return line[:300] + "; model.trust_remote_code: true would run it" * ("trust_remote_code" in str(error))
 
 
 # ------------------------------------------------------------------------------------------------------------- data

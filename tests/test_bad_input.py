@@ -579,13 +579,13 @@ CASES = [
         "model.chat_template: the chat template of model refuses it: …",
     ], {"model.chat_template": "{{ messages.nope.nope }}"}),
     Case("template file missing", [
-        "model.chat_template: neither a Jinja template nor a file: 'nowhere.jinja'",
+        "model.chat_template: no Jinja template, and no file: 'nowhere.jinja': No such file or directory",
     ], {"model.chat_template": "nowhere.jinja"}),
     Case("template file not text", [
-        "model.chat_template: odd.jinja cannot be read: …",
+        "model.chat_template: no Jinja template, and no file: 'odd.jinja': …",
     ], {"model.chat_template": "odd.jinja"}, prepare=write("odd.jinja", b"\xff")),
     Case("template a long text", [
-        "model.chat_template: neither a Jinja template nor a file: 'user says …'",
+        "model.chat_template: no Jinja template, and no file: 'user says …",
     ], {"model.chat_template": "user says " * 40}),
     # ---- adapters
     Case("adapter missing", [
