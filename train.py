@@ -701,9 +701,10 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
         model, for_generation, for_training = load(config, dtype)
     except torch.OutOfMemoryError:
         raise UserError(f"model.name: {name} does not fit in GPU memory; set model.load_in_4bit: true") from None
+    except UserError:
+        raise
     except Exception as error:  # an odd config.json raises what it likes
-        known = isinstance(error, UserError)
-        raise error if known else UserError(f"model.name: {name} cannot be loaded: {first_line(error)}") from None
+        raise UserError(f"model.name: {name} cannot be loaded: {first_line(error)}") from None
     if max(bridge, default=0) >= model.get_input_embeddings().weight.shape[0]:
         raise UserError(f"model.name: the tokenizer of {name} has tokens that its model lacks: it is another model's")
     # A model's own generation_config (top_k, top_p, repetition penalty) would sample from another policy than the one
@@ -795,23 +796,20 @@ def load_with_unsloth(config: Config, dtype: torch.dtype) -> tuple[Any, Callable
 
 def load_with_transformers(config: Config, dtype: torch.dtype) -> tuple[Any, Callable, Callable]:
     """The same without Unsloth. Raises UserError for what it would load wrongly."""
-    wanted, quantization = config.model, None
-    if wanted.load_in_4bit:
-        if DEVICE.type == "cpu":
-            raise UserError("model.load_in_4bit: needs a GPU; set it to false on a CPU")
-        quantization = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
+    wanted = config.model
+    if wanted.load_in_4bit and DEVICE.type == "cpu":
+        raise UserError("model.load_in_4bit: needs a GPU; set it to false on a CPU")
+    nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     model, found = transformers.AutoModelForCausalLM.from_pretrained(
-        wanted.name, dtype=dtype, trust_remote_code=wanted.trust_remote_code, quantization_config=quantization,
+        wanted.name, dtype=dtype, trust_remote_code=wanted.trust_remote_code,
+        quantization_config=transformers.BitsAndBytesConfig(**nf4) if wanted.load_in_4bit else None,
         device_map={"": DEVICE} if DEVICE.type != "cpu" else None,
         output_loading_info=True, ignore_mismatched_sizes=True,  # what is not loaded would be left random
     )
     if odd := sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]):
         raise ValueError(f"its weights do not fit its config.json: {odd[0]} lacks or has another shape")
-    modules = [f".{module}" for module, _ in model.named_modules()]
     for target in wanted.lora.target_modules:
-        if not any(module.endswith(f".{target}") for module in modules):
+        if not any(f".{module}".endswith(f".{target}") for module, _ in model.named_modules()):
             raise UserError(f"model.lora.target_modules: {wanted.name} has no {target}; leave it out or correct it")
     base, model = model, get_peft_model(model, PeftLoraConfig(**lora_settings(config), task_type="CAUSAL_LM"))
 
@@ -2725,8 +2723,8 @@ def log_to_wandb(run: Run, event: dict[str, Any], samples: list[dict[str, Any]])
     curves.png, and the results as the run's summary."""
     import wandb
 
-    prefix = f"stage{event['stage']}" if event["event"] == "train" else "eval"
     numbers = {key: value for key, value in event.items() if isinstance(value, (int, float))}
+    prefix = "eval" if event["event"] == "eval" else f"stage{event['stage']}"
     values: dict[str, Any] = {f"{prefix}/{key}": value for key, value in numbers.items()}
     if event["event"] == "train":
         run.rollouts = (run.rollouts + samples)[-100:]
