@@ -550,21 +550,17 @@ def check_adapter(folder: Path, config: Config) -> None:
                         "outputs/NAME/stage1") from None
     except ValueError:
         raise UserError(f"--resume-adapter {folder}: adapter_config.json is not valid JSON") from None
-    if not isinstance(saved, dict):
-        raise UserError(f"--resume-adapter {folder}: adapter_config.json is a {type(saved).__name__}, not a mapping")
-    base, wanted = str(saved.get("base_model_name_or_path")), config.model.name
-    same = base == wanted or (Path(base).exists() and Path(wanted).exists() and Path(base).samefile(wanted))
-    lora = config.model.lora
-    modules = saved.get("target_modules")
-    for key, theirs, ours, fits in (
-        ("model.name", base, wanted, same),
-        ("model.lora.r", saved.get("r"), lora.r, saved.get("r") == lora.r),
-        ("model.lora.alpha", saved.get("lora_alpha"), lora.alpha, saved.get("lora_alpha") == lora.alpha),
-        ("model.lora.target_modules", modules, lora.target_modules,
-         isinstance(modules, list) and set(map(str, modules)) == set(lora.target_modules)),
+    base, wanted, lora = str(saved.get("base_model_name_or_path")), config.model.name, config.model.lora
+    if Path(base).exists() and Path(wanted).exists() and Path(base).samefile(wanted):
+        base = wanted
+    for key, theirs, ours in (
+        ("name", base, wanted),
+        ("lora.r", saved.get("r"), lora.r),
+        ("lora.alpha", saved.get("lora_alpha"), lora.alpha),
+        ("lora.target_modules", sorted(saved.get("target_modules") or []), sorted(set(lora.target_modules))),
     ):
-        if not fits:
-            raise UserError(f"--resume-adapter {folder}: trained with {key} {theirs}, the config says {ours}")
+        if theirs != ours:
+            raise UserError(f"--resume-adapter {folder}: trained with model.{key} {theirs}, the config says {ours}")
     for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
         if saved.get(key):
             raise UserError(f"--resume-adapter {folder}: trained with {key}, which this trainer does not do")
@@ -682,15 +678,12 @@ def load_tokenizer(config: Config) -> Any:
     except Exception as error:  # a wrong name, no network, or a damaged file: each library has its own class for it
         place = name if os.path.isdir(name) else f"{name} (no folder here, so a hub id)"
         raise UserError(f"model.name: no tokenizer at {place}: {first_line(error)}") from None
-    if config.model.chat_template:
-        file = Path(config.model.chat_template)
-        inline = "{" in config.model.chat_template
-        if not inline and not os.path.isfile(file):  # unlike Path.is_file, says no to a text too long for a path
-            raise UserError(f"model.chat_template: neither a Jinja template nor a file: {config.model.chat_template!r}")
+    if template := config.model.chat_template:
         try:
-            tokenizer.chat_template = config.model.chat_template if inline else file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"model.chat_template: {file} cannot be read: {first_line(error)}") from None
+            tokenizer.chat_template = template if "{" in template else Path(template).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise UserError(f"model.chat_template: no Jinja template, and no file: {template!r}: {reason}") from None
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
         raise UserError(f"model.name: {name} has no tokenizer (tokenizer.json)")
     if not tokenizer.chat_template:
@@ -714,9 +707,10 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
         model, for_generation, for_training = load(config, dtype)
     except torch.OutOfMemoryError:
         raise UserError(f"model.name: {name} does not fit in GPU memory; set model.load_in_4bit: true") from None
+    except UserError:
+        raise
     except Exception as error:  # an odd config.json raises what it likes
-        known = isinstance(error, UserError)
-        raise error if known else UserError(f"model.name: {name} cannot be loaded: {first_line(error)}") from None
+        raise UserError(f"model.name: {name} cannot be loaded: {first_line(error)}") from None
     if max(bridge, default=0) >= model.get_input_embeddings().weight.shape[0]:
         raise UserError(f"model.name: the tokenizer of {name} has tokens that its model lacks: it is another model's")
     # A model's own generation_config (top_k, top_p, repetition penalty) would sample from another policy than the one
@@ -808,23 +802,20 @@ def load_with_unsloth(config: Config, dtype: torch.dtype) -> tuple[Any, Callable
 
 def load_with_transformers(config: Config, dtype: torch.dtype) -> tuple[Any, Callable, Callable]:
     """The same without Unsloth. Raises UserError for what it would load wrongly."""
-    wanted, quantization = config.model, None
-    if wanted.load_in_4bit:
-        if DEVICE.type == "cpu":
-            raise UserError("model.load_in_4bit: needs a GPU; set it to false on a CPU")
-        quantization = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
+    wanted = config.model
+    if wanted.load_in_4bit and DEVICE.type == "cpu":
+        raise UserError("model.load_in_4bit: needs a GPU; set it to false on a CPU")
+    nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     model, found = transformers.AutoModelForCausalLM.from_pretrained(
-        wanted.name, dtype=dtype, trust_remote_code=wanted.trust_remote_code, quantization_config=quantization,
+        wanted.name, dtype=dtype, trust_remote_code=wanted.trust_remote_code,
+        quantization_config=transformers.BitsAndBytesConfig(**nf4) if wanted.load_in_4bit else None,
         device_map={"": DEVICE} if DEVICE.type != "cpu" else None,
         output_loading_info=True, ignore_mismatched_sizes=True,  # what is not loaded would be left random
     )
     if odd := sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]):
         raise ValueError(f"its weights do not fit its config.json: {odd[0]} lacks or has another shape")
-    modules = [f".{module}" for module, _ in model.named_modules()]
     for target in wanted.lora.target_modules:
-        if not any(module.endswith(f".{target}") for module in modules):
+        if not any(f".{module}".endswith(f".{target}") for module, _ in model.named_modules()):
             raise UserError(f"model.lora.target_modules: {wanted.name} has no {target}; leave it out or correct it")
     base, model = model, get_peft_model(model, PeftLoraConfig(**lora_settings(config), task_type="CAUSAL_LM"))
 
@@ -899,9 +890,8 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
 
 
 def first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    ask = "; model.trust_remote_code: true would run it" if "trust_remote_code" in str(error) else ""
-    return lines[0].strip()[:300] + ask
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip()
+    return line[:300] + "; model.trust_remote_code: true would run it" * ("trust_remote_code" in str(error))
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -970,16 +960,14 @@ def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
             for split, (reader, files) in loaded.items():
                 place = ", ".join(files)
                 loaded[split] = datasets.load_dataset(reader, data_files=files, split="train")
-            if not loaded:
-                raise UserError(f"dataset.name: {path} holds no train/test .jsonl, .parquet, .csv files")
         else:
             loaded = datasets.load_dataset(wanted.name, wanted.config_name, revision=wanted.revision)
-    except UserError:
-        raise
     except Exception as error:  # one class a library, a network and a file format
         cause = error.__cause__ or error
         reason = "it is empty" if isinstance(cause, StopIteration) else first_line(cause)
         raise UserError(f"dataset.name: cannot load {place}: {reason}") from None
+    if not loaded:
+        raise UserError(f"dataset.name: {path} holds no train/test .jsonl, .parquet, .csv files")
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 
 
@@ -2591,7 +2579,8 @@ class Run:
         packages = ("torch", "transformers", "peft", "unsloth", "datasets")
         results = {
             "run_name": self.config.run_name, "evals": evals,
-            "versions": {"python": sys.version.split()[0]} | {p: installed_version(p) for p in packages},
+            "versions": {"python": sys.version.split()[0]} | {
+                p: importlib.metadata.version(p) if importlib.util.find_spec(p) else None for p in packages},
             "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type,
             "seconds_total": self.seconds_before + time.time() - self.started, "git_commit": git_commit(),
             "command": self.command,
@@ -2610,10 +2599,6 @@ def where_to_look(config: Config) -> str:
     """The files of a run that show how it went."""
     folder = Path(config.output.dir) / config.run_name
     return ", ".join(str(folder / name) for name in ("results.md", "curves.png") if (folder / name).exists())
-
-
-def installed_version(package: str) -> str | None:
-    return importlib.metadata.version(package) if importlib.util.find_spec(package) else None
 
 
 def git_commit() -> str | None:
@@ -2672,7 +2657,6 @@ def enter_run(args: argparse.Namespace, run: Run, checkpoint: Path | None) -> No
     before = {}
     with suppress(OSError, ValueError):  # none yet, or a damaged one, which is written anew
         before = json.loads((folder / "results.json").read_text())
-    before = before if isinstance(before, dict) else {}
     if args.eval_only and (folder / "config.yaml").exists():  # beside a run, which may be running
         run.kept = {key: value for key, value in before.items() if key != "evals"}
         return
@@ -2685,8 +2669,8 @@ def enter_run(args: argparse.Namespace, run: Run, checkpoint: Path | None) -> No
     halves = [c for c in folder.glob("stage*/step_*") if args.resume and not (c / "state.json").exists()]
     for leftover in [*folder.glob("stage*/.*.tmp"), *folder.glob(".*.tmp"), *halves]:  # a kill left them
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    if args.resume and isinstance(before.get("seconds_total"), float):
-        run.seconds_before = before["seconds_total"]
+    if args.resume:
+        run.seconds_before = before.get("seconds_total", 0.0)
     if not args.eval_only:
         fresh = (1, 0 if args.resume else -1) if args.start_stage == 1 else (2, -1)
         rewind(folder, *(checkpoint_place(checkpoint) if checkpoint else fresh))
@@ -2731,16 +2715,14 @@ def rewind(folder: Path, stage: int, step: int) -> None:
     order = {"pretrain": (1, 0), "stage1": (1, math.inf), "stage2": (2, math.inf)}
     mark = lambda e: [e.get(key) for key in ("event", "checkpoint", "stage", "step", "adapter")]  # noqa: E731
     logged = [mark(event) for event in read_lines(folder / "metrics.jsonl")]
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        events = read_lines(folder / name)
-        kept = []
-        for event in events:  # "adapter" marks the evaluation of the adapter that Stage II started from
-            place = (2, 0) if "adapter" in event else order.get(event.get("checkpoint"))
-            past = "eval_only" not in event and (place or (event["stage"], event["step"])) > (stage, step)
-            if not past and mark(event) in logged:
-                kept.append(event)
-        if (folder / name).exists():
-            write_atomically(folder / name, "".join(map(to_json, kept)))
+
+    def past(e: dict[str, Any]) -> bool:  # "adapter" marks the evaluation of the adapter that Stage II started from
+        place = (2, 0) if "adapter" in e else order.get(e.get("checkpoint")) or (e["stage"], e["step"])
+        return "eval_only" not in e and place > (stage, step)
+
+    for file in filter(Path.exists, (folder / "metrics.jsonl", folder / "samples.jsonl")):
+        kept = [event for event in read_lines(file) if mark(event) in logged and not past(event)]
+        write_atomically(file, "".join(map(to_json, kept)))
 
 
 @on_main
@@ -2842,8 +2824,8 @@ def log_to_wandb(run: Run, event: dict[str, Any], samples: list[dict[str, Any]])
     curves.png, and the results as the run's summary."""
     import wandb
 
-    prefix = f"stage{event['stage']}" if event["event"] == "train" else "eval"
     numbers = {key: value for key, value in event.items() if isinstance(value, (int, float))}
+    prefix = "eval" if event["event"] == "eval" else f"stage{event['stage']}"
     values: dict[str, Any] = {f"{prefix}/{key}": value for key, value in numbers.items()}
     if event["event"] == "train":
         run.rollouts = (run.rollouts + samples)[-100:]
