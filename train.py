@@ -26,89 +26,69 @@ How it differs from a plain implementation, and why:
     python train.py --config configs/gsm8k.yaml [--smoke 8]    # one GPU, with Unsloth
     python train.py --config configs/gsm8k.yaml --start-stage 2 --resume-adapter outputs/score-gsm8k/stage1
 
-The file reads from top to bottom: config, model, data, decoder, rollout, objective, evaluation, run folder,
-checkpoints, stages, command line.
+Part one is the method, in the order in which a run meets it; part two the machinery. Names are looked up when they are
+called, so part one may use anything of part two. Part two gets Config, Policy, Example and Attempt from part one, and
+calls back only what stands below behind "calls".
+
+Part one: the method
+    configuration        every key, its default and its bounds; knows only the fault words of the command line
+    model                the policy, its reference, and how both come out of one set of weights
+    data                 problems as prompts, and the bridge from attempt 1 to attempt 2
+    rollout              attempts sampled one after the other
+    rewards looked up    what an attempt earns, and whether it is correct; knows no model
+    objective            log-probs, KL, advantages, one step; knows attempts, no examples
+    a stage              roll out, improve, write down; Stage I and II differ in `stage_terms` alone
+    evaluation           the paper's metrics; changes no weight
+    the run              evaluate, Stage I, evaluate, Stage II, evaluate
+
+Part two: the machinery
+    light imports        what only part two needs before a config is read
+    messages             the errors, and what is printed; knows nothing
+    command line         flags, and every fault of a config in one line; knows no torch
+    heavy imports        torch, Unsloth and the rest, the device, the processes
+    loading              tokenizer, sampler, adapter, memory; calls completion_log_probs and reference to try them
+    chat template        turns as text
+    rows                 reading a dataset and its faults, TRL's rewards; calls shuffled_batches
+    sampling             vLLM, memory, rows of attempts taken apart and joined
+    log-probs kernel     tensors only
+    decoder              CUDA graphs and Triton kernels; knows a model, nothing of this project's types
+    several processes    shares of a batch, sums of gradients, watching one another
+    run folder           what is written, when it may be overwritten, how it is rewound; knows no model
+    checkpoints          saved, found, pruned, merged, uploaded
+    reports              bars, tables, curves, cards, W&B, votes, statistics; calls roll_out to vote
+    signals              stopping at a safe point
+    start                every way of ending as an exit code; calls train_and_evaluate
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import difflib
-import hashlib
-import importlib
-import importlib.metadata
 import importlib.util
 import json
-import logging
 import math
-import netrc
-import os
 import random
 import re
-import reprlib
-import shlex
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, field, fields
-from functools import partial, wraps
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any, Literal
-from urllib.parse import urlparse
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from reward_function import (
     ANSWER_EXTRACTORS,
     REWARD_FNS,
-    RewardError,
     correction_split,
     diagnose,
     is_correct,
-    majority,
-    missing_arguments,
     outcomes,
     score,
     score_by_name,
     weighted_sum,
 )
-
-
-class UserError(Exception):
-    """Something the user gave is wrong: one line that names it and the mend, exit code 2."""
-
-
-class RunError(Exception):
-    """The run cannot go on: one line that says why, exit code 1."""
-
-
-QUIET = False  # --quiet
-MAIN = os.environ.get("RANK", "0") == "0"  # of several processes, the one that prints and writes
-
-
-def say(message: str, always: bool = False) -> None:
-    """Prints one line without tearing a progress bar; with --quiet only what is said `always`."""
-    if (QUIET and not always) or not MAIN:
-        return
-    bar = sys.modules.get("tqdm")
-    (bar.tqdm.write if bar else print)(message, file=sys.stdout)
-    sys.stdout.flush()
-
-
-def on_main(function: Callable) -> Callable:
-    """Decorator for what one process does for all: elsewhere the function does nothing."""
-    return wraps(function)(lambda *args, **kwargs: function(*args, **kwargs) if MAIN else None)
-
 
 # ---------------------------------------------------------------------------------------------------- configuration
 
@@ -239,57 +219,6 @@ class RewardConfig(Section):
         return name
 
 
-def not_registered(name: str, known: dict[str, Callable]) -> str:
-    mend = did_you_mean(name, known) or "; one of your own comes from a file that reward.module names"
-    return f"is not registered; registered are {', '.join(sorted(known))}{mend}"
-
-
-def reward_fault(name: str, module: str | None) -> str | None:
-    """Why `name` can be no reward function, so far as it shows without importing a package, which would cost seconds
-    and has to wait for Unsloth's import."""
-    own = vars(load_reward_module(Path(module))) if module else {}
-    if name in REWARD_FNS or callable(own.get(name)):
-        return None
-    if name in own:
-        return f"is no function in {module}"
-    package, dot, _ = name.partition(".")
-    if not dot or not all(part.isidentifier() for part in name.split(".")):
-        return not_registered(name, REWARD_FNS)
-    if importlib.util.find_spec(package):
-        return None
-    return f"cannot be imported: there is no package {package}; a function in a file of your own: reward.module"
-
-
-def find_reward(name: str, module: str | None) -> Callable:
-    """The function in TRL's form that is called `name` in reward.module, or has it as import path. Raises UserError."""
-    package, _, attribute = name.rpartition(".")
-    try:
-        fn = getattr(importlib.import_module(package) if package else load_reward_module(Path(module)), attribute)
-    except Exception as error:  # whatever the package raises
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"reward.fn: {name} cannot be imported: {reason}") from None
-    if not callable(fn):
-        raise UserError(f"reward.fn: {name} is no function")
-    return fn
-
-
-def load_reward_module(file: Path) -> Any:
-    """The module of a Python file of rewards and extractors, run once. Raises ValueError with a one-line reason."""
-    name = "rewards_of_" + re.sub(r"\W", "_", str(file.resolve()))
-    if name in sys.modules:
-        return sys.modules[name]
-    if file.suffix != ".py" or not file.is_file():
-        raise ValueError("must be a .py file that exists")
-    spec = importlib.util.spec_from_file_location(name, file)
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises
-        del sys.modules[name]
-        raise ValueError(f"cannot be run: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
-    return module
-
-
 class TrainConfig(Section):
     stage1_batch_size: int = Field(64, ge=1)
     stage2_batch_size: int = Field(64, ge=1)
@@ -345,24 +274,871 @@ class Config(Section):
     output: OutputConfig = OutputConfig()
 
 
-# A resumed run may change these: they move time, memory and files, not the mathematics.
-HARMLESS_KEYS = ("wandb_project", "eval.", "output.", "model.decoder", "model.fast_inference",
-                 "model.gradient_checkpointing", "train.micro_batch_size", "train.checkpoint_every",
-                 "train.max_skipped_steps")
+# ------------------------------------------------------------------------------------------------------------ model
 
 
-def did_you_mean(word: str, words: Any) -> str:
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+@dataclass
+class Policy:
+    """The model being trained and what goes with it. Its reference is itself inside `reference(policy)`."""
+
+    model: Any  # a PEFT model, always in training mode outside `generating(policy)`
+    tokenizer: Any
+    eos_token_ids: list[int]
+    pad_token_id: int
+    think_prefix: str  # "<think>" where the chat template itself opens the tag, so that rewards see the pair
+    bridge: list[int]  # what the chat template puts between attempt 1 and attempt 2: turn ends, instruction
+    for_generation: Callable[[], Any]
+    for_training: Callable[[], Any]
+    decoder: Decoder | None = None
+    engine: Callable | None = None  # vLLM's, in the decoder's place
+    micro_tokens: int = 0  # the update's tokens per micro-batch, pads included; an out-of-memory halves it
+    recompute: Callable[[], Any] | None = None  # gradient checkpointing on, where `auto` has left it off
+
+    @property
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
-def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Every dotted key of the schema, sections included, for suggestions."""
-    keys = []
-    for name, info in section.model_fields.items():
-        nested = isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
-        keys += [prefix + name, *(known_keys(info.annotation, f"{prefix}{name}.") if nested else [])]
-    return keys
+def reference(policy: Policy) -> Any:
+    """Context in which the policy is the reference pi_ref: the same weights, the adapter switched off."""
+    return policy.model.disable_adapter()
+
+
+def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use_unsloth: bool | None = None) -> Policy:
+    """Loads base model and LoRA adapter: with Unsloth where it runs, else with transformers + PEFT.
+
+    Both paths give the same model: bf16 (float32 on the CPU), the same LoRA settings, float32 LoRA weights. `adapter`
+    holds LoRA weights to start from. Raises UserError for a model or an adapter that does not fit."""
+    bridge, think_prefix = attempt2_bridge(tokenizer, config)
+    use_unsloth = DEVICE.type != "cpu" if use_unsloth is None else use_unsloth
+    if config.model.fast_inference and (not use_unsloth or PROCESSES.num_processes > 1):
+        raise UserError("model.fast_inference: vLLM serves one process with a GPU; set it to false")
+    name, dtype = config.model.name, torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
+    torch.manual_seed(config.train.seed)  # LoRA's A matrices
+    try:
+        load = load_with_unsloth if use_unsloth else load_with_transformers
+        model, for_generation, for_training = load(config, dtype)
+    except torch.OutOfMemoryError:
+        raise UserError(f"model.name: {name} does not fit in GPU memory; set model.load_in_4bit: true") from None
+    except UserError:
+        raise
+    except Exception as error:  # an odd config.json raises what it likes
+        raise UserError(f"model.name: {name} cannot be loaded: {first_line(error)}") from None
+    if max(bridge, default=0) >= model.get_input_embeddings().weight.shape[0]:
+        raise UserError(f"model.name: the tokenizer of {name} has tokens that its model lacks: it is another model's")
+    # A model's own generation_config (top_k, top_p, repetition penalty) would sample from another policy than the one
+    # whose log-probs are trained: keep its token ids and nothing else.
+    eos = eos_ids(model, tokenizer, name)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=pad)
+    model.peft_config["default"].base_model_name_or_path = name
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if adapter:
+        load_adapter(model, adapter)
+    if DEVICE.type == "cpu" and model.num_parameters() < 2**24:
+        torch.set_num_threads(1)  # matrices this small keep threads waiting for one another, worse beside another job
+    auto = config.model.gradient_checkpointing == "auto"
+    checkpointing = True if auto else config.model.gradient_checkpointing
+    longest = config.train.max_prompt_length_attempt2 + config.train.max_new_tokens_attempt2
+    policy = Policy(model, tokenizer, eos, pad, think_prefix, bridge, for_generation,
+                    partial(for_training, use_gradient_checkpointing=checkpointing),
+                    micro_tokens=config.train.micro_batch_size * longest)
+    policy.for_training()
+    check_log_prob_route(policy)
+    choose_sampler(policy, config, longest)
+    if auto:
+        keep_activations_if_they_fit(policy, for_training, longest)
+    return policy
+
+
+def load_with_unsloth(config: Config, dtype: torch.dtype) -> tuple[Any, Callable, Callable]:
+    """The PEFT model, the switch to generation and the one to training, which is told about gradient checkpointing;
+    with vLLM inside if asked for."""
+    from unsloth import FastLanguageModel
+
+    wanted, more = config.model, {}
+    checkpointing = True if wanted.gradient_checkpointing == "auto" else wanted.gradient_checkpointing
+    if PROCESSES.num_processes > 1:
+        more["device_map"] = {"": PROCESSES.local_process_index}
+    if wanted.fast_inference:  # vLLM knows ranks that are powers of two
+        more |= dict(fast_inference=True, gpu_memory_utilization=wanted.fast_inference_gpu_mem,
+                     max_lora_rank=max(8, 1 << (wanted.lora.r - 1).bit_length()))
+    heard = BANNERS.tell()
+    # vLLM draws progress bars; its log has had the real stderr since Unsloth imported it.
+    with redirect_stdout(BANNERS), redirect_stderr(BANNERS) if wanted.fast_inference else nullcontext():
+        model, _ = FastLanguageModel.from_pretrained(
+            wanted.name, max_seq_length=wanted.max_seq_length, dtype=dtype, use_exact_model_name=True,
+            load_in_4bit=wanted.load_in_4bit, trust_remote_code=wanted.trust_remote_code, **more,
+        )
+        model = FastLanguageModel.get_peft_model(
+            model, **lora_settings(config), use_gradient_checkpointing=checkpointing, random_state=config.train.seed
+        )
+    BANNERS.seek(heard)
+    for line in BANNERS:  # among them one that matters now and then
+        if re.search("disabling|cannot|will switch|defaulting", line, re.IGNORECASE):
+            say(line.strip())
+    return model, partial(FastLanguageModel.for_inference, model), partial(FastLanguageModel.for_training, model)
+
+
+def load_with_transformers(config: Config, dtype: torch.dtype) -> tuple[Any, Callable, Callable]:
+    """The same without Unsloth. Raises UserError for what it would load wrongly."""
+    wanted = config.model
+    if wanted.load_in_4bit and DEVICE.type == "cpu":
+        raise UserError("model.load_in_4bit: needs a GPU; set it to false on a CPU")
+    nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        wanted.name, dtype=dtype, trust_remote_code=wanted.trust_remote_code,
+        quantization_config=transformers.BitsAndBytesConfig(**nf4) if wanted.load_in_4bit else None,
+        device_map={"": DEVICE} if DEVICE.type != "cpu" else None,
+        output_loading_info=True, ignore_mismatched_sizes=True,  # what is not loaded would be left random
+    )
+    if odd := sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]):
+        raise ValueError(f"its weights do not fit its config.json: {odd[0]} lacks or has another shape")
+    for target in wanted.lora.target_modules:
+        if not any(f".{module}".endswith(f".{target}") for module, _ in model.named_modules()):
+            raise UserError(f"model.lora.target_modules: {wanted.name} has no {target}; leave it out or correct it")
+    base, model = model, get_peft_model(model, PeftLoraConfig(**lora_settings(config), task_type="CAUSAL_LM"))
+
+    def for_training(use_gradient_checkpointing: bool | str) -> None:
+        model.train()
+        if use_gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            base.gradient_checkpointing_disable()
+
+    return model, model.eval, for_training
+
+
+def lora_settings(config: Config) -> dict[str, Any]:
+    lora = config.model.lora
+    return dict(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias="none",
+                target_modules=lora.target_modules)
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class Example:
+    """One problem: its text, its reference answer ("": none is known), and the token ids of the attempt-1 prompt."""
+
+    question: str
+    target: str
+    prompt: list[int]
+    columns: dict[str, Any] = field(default_factory=dict)  # what rewards in TRL's form get by name
+
+
+def load_examples(config: Config, tokenizer: Any) -> tuple[list[Example], list[Example]]:
+    """Train and test examples. A test row is never trained on. Raises UserError."""
+    wanted = config.dataset
+    splits = load_splits(wanted)
+    if wanted.split:
+        if wanted.split not in splits:
+            raise UserError(f"dataset.split: {wanted.name} has no split {wanted.split!r}; it has {', '.join(splits)}")
+        if len(splits[wanted.split]) <= wanted.test_split_size:
+            raise UserError(f"dataset.test_split_size: {wanted.test_split_size} leaves nothing to train on: "
+                            f"{wanted.split} has {len(splits[wanted.split])} rows")
+        parts = splits[wanted.split].train_test_split(test_size=wanted.test_split_size, seed=config.train.seed)
+        train, test = parts["train"], parts["test"]
+    else:
+        for split in ("train", "test"):
+            if split not in splits:
+                raise UserError(f"dataset.name: {wanted.name} has no {split} split; it has {', '.join(splits)}. "
+                                "Set dataset.split to one of them and dataset.test_split_size to hold rows out")
+        train, test = splits["train"], splits["test"]
+    train, test = read_rows(train, "train", config), read_rows(test, "test", config)
+    seen = {row[0] for row in test}
+    kept, test = [row for row in train if row[0] not in seen], test[: wanted.test_split_size]
+    if len(kept) < len(train):
+        say(f"Warning: {len(train) - len(kept)} train rows are also test rows; they are not trained on.")
+    if not kept:
+        raise UserError(f"dataset.name: every train row of {wanted.name} is also a test row; nothing is left to learn")
+    return tuple(encode_rows(rows, split, config, tokenizer) for rows, split in ((kept, "train"), (test, "test")))
+
+
+def encode_rows(rows: list[tuple], split: str, config: Config, tokenizer: Any) -> list[Example]:
+    """Builds the attempt-1 prompts; a prompt over budget is dropped with a count, never cut."""
+    limit = config.train.max_prompt_length_attempt1
+    texts = [chat_text(tokenizer, config, [{"role": "user", "content": question}]) for question, *_ in rows]
+    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    examples = [Example(question, target, prompt, *columns)
+                for (question, target, *columns), prompt in zip(rows, prompts, strict=True) if len(prompt) <= limit]
+    if not examples:
+        raise UserError(f"train.max_prompt_length_attempt1: all {len(rows)} {split} prompts are longer than {limit} "
+                        f"tokens; the shortest has {min(map(len, prompts))}")
+    if len(examples) < len(rows):
+        say(f"Warning: {len(rows) - len(examples)} of {len(rows)} {split} prompts are over "
+            f"train.max_prompt_length_attempt1 = {limit} tokens and are left out (longest: {max(map(len, prompts))}).")
+    return examples
+
+
+def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
+    """The token ids that stand between attempt 1's last token and attempt 2's first, and the think tag if open.
+
+    The attempt-2 prompt is attempt-1 prompt + attempt 1 verbatim + bridge. Rendering the conversation through the
+    template instead would cut the reasoning out of attempt 1 where the template strips <think> from history (Qwen3),
+    and re-tokenise what the policy sampled. So a marker is rendered in its place, and what follows it is the bridge."""
+    marker = "FIRSTATTEMPTSTANDSHERE"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker},
+             {"role": "user", "content": config.prompts.self_correction}]
+    text = chat_text(tokenizer, config, turns)
+    if text.count(marker) != 1:
+        raise UserError("model.chat_template: does not render an earlier assistant turn exactly once")
+    tail = text[text.index(marker) + len(marker) :]
+    if config.prompts.self_correction.strip() not in tail:
+        raise UserError("model.chat_template: does not render the user's second turn (prompts.self_correction)")
+    bridge = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    train = config.train
+    need = train.max_prompt_length_attempt1 + train.max_new_tokens_attempt1 + len(bridge)
+    if need > train.max_prompt_length_attempt2:
+        raise UserError(f"train.max_prompt_length_attempt2: {train.max_prompt_length_attempt2} cannot hold attempt 1's "
+                        f"prompt ({train.max_prompt_length_attempt1}) and completion ({train.max_new_tokens_attempt1}) "
+                        f"and the instruction ({len(bridge)} tokens); set it to {need} or more")
+    more = config.eval.attempts - 2  # attempts 3, 4, ... of an evaluation see all before them
+    need += train.max_new_tokens_attempt2 + more * (train.max_new_tokens_attempt2 + len(bridge))
+    if more and need > config.model.max_seq_length:
+        raise UserError(f"eval.attempts: {config.eval.attempts} attempts can take {need} tokens, model.max_seq_length "
+                        f"is {config.model.max_seq_length}; raise that, or lower eval.attempts")
+    return bridge, "<think>" if tail.rstrip().endswith("<think>") else ""
+
+
+# ---------------------------------------------------------------------------------------------------------- rollout
+
+
+@dataclass
+class Attempt:
+    """One attempt at each of B rows. Lists, not padded tensors: a completion is its tokens up to and with EOS."""
+
+    prompts: list[list[int]]
+    completions: list[list[int]]
+    texts: list[str]  # what rewards see: the completion decoded, EOS removed, tags kept
+    answers: list[str]  # extracted from them, "" where there is none
+    rewards: list[float]
+    correct: list[bool]
+    flexible: list[bool]  # correct if a lenient reader looks for the answer: for diagnosis, never a reward
+    truncated: list[bool]  # the budget ended it, not EOS
+    by_reference: list[bool]  # drawn from the reference policy: not trained on
+    sampled_log_probs: list[list[float]] | None  # by the decoder, under softmax(logits / T)
+    seconds: float
+
+
+def roll_out(policy: Policy, examples: list[Example], config: Config, temperature: float, seed: str,
+             attempts: int = 2, corrections: int = 1, by_reference: int = 0) -> list[Attempt]:
+    """Samples the attempts at every example one after the other; returns [attempt 1, attempt 2, ...] with rewards.
+
+    A later prompt holds the attempts before it verbatim, reasoning included. With `corrections` m a first attempt
+    stands in m rows, one after the other, and is corrected in each anew. The reference policy makes the first attempts
+    at the last `by_reference` examples. Raises RewardError.
+
+    Several processes take a share of the examples each, and all return the whole."""
+    rank, processes = PROCESSES.process_index, PROCESSES.num_processes
+    first_row, end = (number * len(examples) // processes for number in (rank, rank + 1))
+    own = max(0, min(end, len(examples) - by_reference) - first_row)
+    examples, seed = examples[first_row:end], f"{seed}/process {rank}" if rank else seed
+    with policy.decoder.conversation() if policy.decoder else nullcontext():
+        prompts = [example.prompt for example in examples]
+        made = [make_attempt(policy, prompts[:own], examples[:own], config, temperature, f"{seed}/1")]
+        if own < len(examples):
+            if policy.decoder:
+                policy.decoder.forget()  # the policy's own K/V of what the reference writes is another
+            with reference(policy):
+                drawn = make_attempt(policy, prompts[own:], examples[own:], config, temperature, f"{seed}/reference")
+            drawn.by_reference = [True] * len(drawn.texts)
+            made = [joined([*made, drawn])]
+        if corrections > 1:
+            repeated = [row for row in range(len(examples)) for _ in range(corrections)]
+            made, examples = [picked(made[0], repeated)], [examples[row] for row in repeated]
+        for number in range(2, attempts + 1):
+            prompts = [prompt + without_eos(completion, policy) + policy.bridge
+                       for prompt, completion in zip(made[-1].prompts, made[-1].completions, strict=True)]
+            made.append(make_attempt(policy, prompts, examples, config, temperature, f"{seed}/{number}", made))
+    if processes > 1:
+        made = [joined(parts, at_once=True) for parts in zip(*gather_object([made]), strict=True)]
+    return made
+
+
+def make_attempt(policy: Policy, prompts: list[list[int]], examples: list[Example], config: Config, temperature: float,
+                 seed: str, earlier: Sequence[Attempt] = ()) -> Attempt:
+    """Samples and grades one attempt at every example, after `earlier` ones. Raises RewardError."""
+    start = time.perf_counter()
+    budget = config.train.max_new_tokens_attempt2 if earlier else config.train.max_new_tokens_attempt1
+    completions, log_probs = sample(policy, prompts, budget, temperature, seed)
+    without_end = [without_eos(completion, policy) for completion in completions]
+    texts = policy.tokenizer.batch_decode(without_end, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    texts = [policy.think_prefix + text for text in texts]
+    seconds = time.perf_counter() - start
+    targets, extract = [example.target for example in examples], ANSWER_EXTRACTORS[config.reward.answer_extractor]
+    named = reward_arguments(policy, prompts, completions, texts, examples, config, earlier)
+    rewards, correct = grade(texts, targets, config.reward, named)
+    truncated = [len(written) == len(completion) for written, completion in zip(without_end, completions, strict=True)]
+    answers, flexible = diagnose(texts, targets, truncated, extract)
+    own = [False] * len(texts)
+    return Attempt(prompts, completions, texts, answers, rewards, correct, flexible, truncated, own, log_probs, seconds)
+
+
+def sample(
+    policy: Policy, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: str
+) -> tuple[list[list[int]], list[list[float]] | None]:
+    """Completions of `prompts` sampled from softmax(logits / temperature) over the whole vocabulary; 0 is greedy.
+
+    Returns token ids a row, EOS included when reached, and their log-probs where the decoder gives them."""
+    if not prompts:  # more processes than rows
+        return [], [] if policy.decoder else None
+    size = rows_that_fit(policy, max(map(len, prompts)) + max_new_tokens)
+    if size < len(prompts) and policy.decoder:  # parts, if it comes to them, are prefilled whole
+        policy.decoder.forget()
+        size = rows_that_fit(policy, max(map(len, prompts)) + max_new_tokens)
+    if size < len(prompts):
+        parts = [sample(policy, prompts[i : i + size], max_new_tokens, temperature, f"{seed}/{i}")
+                 for i in range(0, len(prompts), size)]
+        completions, log_probs = zip(*parts, strict=True)
+        return sum(completions, []), None if log_probs[0] is None else sum(log_probs, [])
+    seed_number = random.Random(seed).getrandbits(31)
+    if policy.engine or policy.decoder:
+        generate = policy.engine or policy.decoder.generate
+        return generate(prompts, max_new_tokens, temperature, seed_number)
+    torch.manual_seed(seed_number)
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), policy.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    sampled = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    with generating(policy):
+        output = policy.model.generate(
+            input_ids=ids.to(DEVICE), attention_mask=mask.to(DEVICE), max_new_tokens=max_new_tokens,
+            eos_token_id=policy.eos_token_ids or -1, pad_token_id=policy.pad_token_id,
+            **(sampled if temperature > 0 else dict(do_sample=False)),
+        )
+    return [until_eos(row, policy.eos_token_ids) for row in output[:, width:].tolist()], None
+
+
+# ------------------------------------------------------------------------------------------------ rewards looked up
+
+
+def grade(texts: list[str], targets: list[str], reward: RewardConfig,
+          named: dict[str, list] | None = None) -> tuple[list[float], list[bool]]:
+    """Rewards: the weighted sum of reward.fn; correctness: by the extracted answers alone. `named`: `reward_arguments`.
+
+    Without any target (a question that somebody asks, more processes than rows) there is nothing to grade by."""
+    if not any(targets):
+        return [0.0] * len(texts), [False] * len(texts)
+    extract = ANSWER_EXTRACTORS[reward.answer_extractor]
+    parts = [score(name, texts, targets, extract) if name in REWARD_FNS
+             else score_by_name(name, find_reward(name, reward.module), texts, named or {}) for name in reward.names]
+    rewards = weighted_sum(parts, reward.weights)
+    return rewards, [is_correct(text, target, extract) for text, target in zip(texts, targets, strict=True)]
+
+
+# -------------------------------------------------------------------------------------------------------- objective
+
+
+def completion_log_probs(
+    policy: Policy, prompts: list[list[int]], completions: list[list[int]], temperature: float,
+    conversations: list[list[int]] | None = None,
+) -> torch.Tensor:
+    """log pi(token | all before it) of every completion token under softmax(logits / temperature).
+
+    Returns float32 [N], the completions' tokens one after the other, N = sum of their lengths; the first token after
+    the prompt and a final EOS are among them, the prompt is not. Each completion is a row of its own behind its prompt;
+    or, with B `conversations`, it is read from row (number mod B), which begins with its prompt, so that all attempts
+    of a conversation share one forward pass. Targets are the sampled tokens, whatever the row goes on with: what ended
+    attempt 1 need not be what stands there in attempt 2's prompt.
+
+    Rows go in right-padded: causal attention never looks ahead, so no pad is seen and no mask is needed (Unsloth drops
+    masks in training mode: a left-padded row would be silently wrong)."""
+    rows = conversations or [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=policy.pad_token_id)
+    model = policy.model.get_base_model()
+    with autocast(policy):
+        backbone = getattr(model, model.base_model_prefix)
+        hidden = backbone(input_ids=ids.to(DEVICE), use_cache=False)[0]  # [B, L, H]
+    before = [number % len(rows) * ids.shape[1] + len(prompt) - 1 for number, prompt in enumerate(prompts)]
+    index = torch.cat([torch.arange(at, at + len(c)) for at, c in zip(before, completions, strict=True)])
+    targets = torch.tensor([token for completion in completions for token in completion], device=DEVICE)
+    weight = model.get_output_embeddings().weight
+    hidden = hidden.flatten(0, 1)[index.to(DEVICE)].to(weight.dtype)  # [N, H]
+    return LinearLogProb.apply(hidden, weight, targets, temperature)
+
+
+K3_LINEAR_FROM = 10.0
+
+
+def k3(log_probs: torch.Tensor, reference_log_probs: torch.Tensor) -> torch.Tensor:
+    """Schulman's K3 estimate of KL(pi || pi_ref) a token, from samples of pi: exp(d) - d - 1, d = log pi_ref - log pi.
+
+    >= 0, and 0 where the policies agree. Past d = 10 (a token 22,000 times likelier under the reference) the
+    exponential goes on as its tangent: one such token would otherwise drown, or overflow, the whole step."""
+    d = reference_log_probs - log_probs
+    capped = d.clamp(max=K3_LINEAR_FROM)
+    # expm1: near 0, exp(d) - 1 would keep less of float32 than the estimate has; what rounding leaves below 0 is 0
+    return (capped.expm1() * (1 + (d - capped)) - capped).clamp(min=0)
+
+
+def stage_terms(stage: int, r1: torch.Tensor, r2: torch.Tensor, train: TrainConfig) -> list[tuple[torch.Tensor, float]]:
+    """What differs between the stages: for each attempt its return R [B] and its KL weight kappa.
+
+    Stage I: attempt 1 earns nothing and is held by beta2. Stage II: attempt 2 earns r2 + alpha (r2 - r1)."""
+    if stage == 1:
+        return [(torch.zeros_like(r1), train.beta2), (r2, train.beta1)]
+    return [(r1, train.beta1), (r2 + train.alpha * (r2 - r1), train.beta1)]
+
+
+def advantages(returns: torch.Tensor, train: TrainConfig, together: int | None = None) -> torch.Tensor:
+    """Returns [B] minus a baseline that does not depend on the row's own sample (`batch` nearly so), so that the
+    gradient keeps its direction and loses variance. `together` samples of one prompt (num_generations) stand one after
+    the other and are compared with each other; where there is only 1, the whole batch is."""
+    together = together or train.num_generations
+    if train.baseline == "none":
+        return returns
+    if train.baseline == "batch":
+        return returns - returns.mean()
+    groups = returns.view(-1, together) if together > 1 else returns.view(1, -1)
+    others = (groups.sum(1, keepdim=True) - groups) / (groups.shape[1] - 1)
+    return (groups - others).view(-1)
+
+
+def credits_of(attempts: list[Attempt], terms: list[tuple[torch.Tensor, float]], train: TrainConfig) -> torch.Tensor:
+    """The advantage of every attempt [attempts, B]; 0 where the reference made it.
+
+    With corrections m > 1 a correction is compared with the m - 1 others of the same first attempt, all else being
+    equal; a first attempt, which stands in m rows, is compared with other first attempts by its mean return."""
+    credit, m = torch.zeros(len(attempts), len(attempts[0].texts)), train.corrections
+    for number, (attempt, (returns, _)) in enumerate(zip(attempts, terms, strict=True)):
+        own = ~torch.tensor(attempt.by_reference)
+        if number and m > 1:
+            credit[number] = advantages(returns, train, m)
+        else:
+            means = returns[own].view(-1, m).mean(1)
+            credit[number, own] = advantages(means, train).repeat_interleave(m)
+    return credit
+
+
+def accumulate_gradients(policy: Policy, attempts: list[Attempt], terms: list[tuple[torch.Tensor, float]],
+                         train: TrainConfig) -> list[dict[str, float]]:
+    """Adds the gradient of
+
+        sum over attempts of  mean over rows of  [ -A * sum_t log pi_t  +  kappa * sum_t k3_t ] / N
+
+    to the parameters, a micro-batch of conversations at a time: attempt 2's row begins with attempt 1's, so one forward
+    pass of the policy, one of the reference and one backward pass serve both. `terms` holds each attempt's returns [B]
+    and kappa. A is the advantage, N the completion's own length (`sequence`) or the token budget (`constant`, Dr.
+    GRPO). Rows whose first attempt is the reference's train attempt 2 alone. With `importance_clip` C, A is weighted
+    a token by min(pi / sampler, C): truncated importance sampling, for a sampler whose probabilities are a little off.
+    Returns each attempt's share of the loss and its token statistics."""
+    budgets, last = (train.max_new_tokens_attempt1, train.max_new_tokens_attempt2), attempts[-1]
+    credits, counted = credits_of(attempts, terms, train).tolist(), [a.by_reference.count(False) for a in attempts]
+    sums = torch.zeros(len(attempts), 4, device=DEVICE)  # loss, KL, drift, tokens: read once, at the end
+    peaks = torch.zeros(len(attempts), device=DEVICE)
+    for rows in micro_batches(last, policy.micro_tokens):
+        prompts = [attempt.prompts[r] for attempt in attempts for r in rows]  # attempt by attempt
+        completions = [attempt.completions[r] for attempt in attempts for r in rows]
+        conversations = [last.prompts[r] + last.completions[r] for r in rows]
+        batch = (policy, prompts, completions, train.generation_temperature, conversations)
+        with torch.no_grad(), reference(policy):
+            reference_log_probs = completion_log_probs(*batch)
+        log_probs = completion_log_probs(*batch)  # [N]
+        lengths = torch.tensor([len(completion) for completion in completions])
+        norms = [count * (len(attempt.completions[r]) if train.length_norm == "sequence" else budget)
+                 for attempt, count, budget in zip(attempts, counted, budgets, strict=False) for r in rows]
+        own = torch.tensor([[not attempt.by_reference[r]] for attempt in attempts for r in rows])
+        weights = torch.tensor([[credit[r], kappa] for credit, (_, kappa) in zip(credits, terms, strict=True)
+                                for r in rows]) / torch.tensor(norms)[:, None] * own
+        columns = torch.cat([weights, own], 1).repeat_interleave(lengths, 0).to(DEVICE)
+        credit, kappa, own = columns.unbind(1)  # [N] each
+        drift = torch.zeros_like(log_probs)
+        if last.sampled_log_probs is not None:
+            sampled = torch.tensor([p for a in attempts for r in rows for p in a.sampled_log_probs[r]], device=DEVICE)
+            drift = (log_probs.detach() - sampled) * own
+            if train.importance_clip:
+                credit = credit * drift.exp().clamp(max=train.importance_clip)
+        kl = k3(log_probs, reference_log_probs) * own
+        loss = kappa * kl - credit * log_probs
+        loss.sum().backward()
+        counts = lengths.view(len(attempts), -1).sum(1).tolist()
+        parts = zip(*(values.detach().split(counts) for values in (loss, kl, drift, own)), strict=True)
+        for number, (loss, kl, drift, own) in enumerate(parts):
+            sums[number] += torch.stack([loss.sum(), kl.sum(), drift.abs().sum(), own.sum()])
+            peaks[number] = torch.maximum(peaks[number], kl.max())  # keeps a NaN
+    return [dict(loss=loss, kl_sum=kl, drift_sum=drift, kl_max=peak, tokens=tokens)
+            for (loss, kl, drift, tokens), peak in zip(sums.tolist(), peaks.tolist(), strict=True)]
+
+
+def improve(policy: Policy, optimizer: torch.optim.Optimizer, attempts: list[Attempt], stage: int,
+            config: Config) -> dict[str, Any]:
+    """One REINFORCE step on a rolled-out batch. Returns loss, KL and gradient statistics; "skipped" is True, and the
+    weights are untouched, if loss or gradient is not finite. On-policy, so there is no importance ratio but the one
+    that `importance_clip` asks for. Attempts past those that `stage_terms` has terms for are not trained.
+
+    An out-of-memory starts the update over with half the micro-batch: nothing of the step is lost."""
+    train = config.train
+    r1, r2 = (torch.tensor(attempt.rewards) for attempt in attempts)
+    terms = stage_terms(stage, r1, r2, train)
+    attempts = attempts[: len(terms)]
+    while True:
+        optimizer.zero_grad(set_to_none=True)
+        try:
+            stats = accumulate_gradients(policy, attempts, terms, train)
+            break
+        except torch.OutOfMemoryError:
+            last = attempts[-1]
+            longest = max(len(p) + len(c) for p, c in zip(last.prompts, last.completions, strict=True))
+            if policy.micro_tokens >= longest:
+                policy.micro_tokens //= 2
+            elif policy.recompute:
+                policy.for_training, policy.recompute = policy.recompute, None
+                policy.for_training()
+            else:
+                raise RunError(f"one row of {longest} tokens does not fit in this card's memory; lower "
+                               "train.max_new_tokens_attempt2, or set model.gradient_checkpointing or "
+                               "model.load_in_4bit") from None
+        torch.cuda.empty_cache()
+        say(f"Out of GPU memory: the update starts over with micro-batches of {policy.micro_tokens} tokens.")
+    if PROCESSES.num_processes > 1:
+        stats = sum_over_processes(policy, stats)
+    norm = torch.nn.utils.clip_grad_norm_(policy.trainable.values(), train.max_grad_norm).item()
+    loss = sum(s["loss"] for s in stats)
+    skipped = not (math.isfinite(loss) and math.isfinite(norm))
+    if not skipped:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    kl = [s["kl_sum"] / s["tokens"] for s in stats]
+    drift = max(s["drift_sum"] / s["tokens"] for s in stats)
+    return {
+        "loss": loss, "grad_norm": norm, "skipped": skipped,
+        "kl_attempt1": kl[0], "kl_attempt2": kl[1] if len(kl) > 1 else math.nan,
+        "kl_max": max(s["kl_max"] for s in stats),
+        "logprob_drift": drift if attempts[-1].sampled_log_probs is not None else None,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- a stage
+
+
+def train_stage(policy: Policy, examples: list[Example], stage: int, config: Config, run: Run, checkpoint: Path | None,
+                steps_before: int) -> None:
+    """One stage: roll out, improve, write down. Stage I and II differ in `stage_terms` alone.
+
+    `checkpoint` is a mid-stage one to go on from. Raises Interrupted after saving, RunError when
+    train.max_skipped_steps steps in a row had a loss or gradient that is not finite."""
+    train, seed = config.train, f"{config.train.seed}/stage{stage}"
+    batches = stage_batches(stage, len(examples), config)
+    optimizer = torch.optim.AdamW(policy.trainable.values(), lr=train.learning_rate, weight_decay=0.0)
+    done = checkpoint_place(checkpoint)[1] if checkpoint else 0
+    if done:
+        load_optimizer(policy, optimizer, checkpoint / "optimizer.safetensors")
+    skipped_in_a_row, folder = 0, run.folder / f"stage{stage}"
+    state = {"stage": stage, "wandb_id": run.wandb.id if run.wandb else None, "train_rows": fingerprint(examples)}
+    bar = progress(range(done + 1, len(batches) + 1), f"Stage {'I' * stage}", initial=done, total=len(batches))
+    for step in bar:
+        rows = [examples[i] for i in batches[step - 1] for _ in range(train.num_generations)]
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate * min(1.0, step / max(1, train.warmup_steps))
+        torch.manual_seed(random.Random(f"{seed}/{step}").getrandbits(31))  # LoRA dropout, and whatever else draws
+        start = time.perf_counter()
+        seeded = int(train.reference_attempts * len(batches[step - 1])) * train.num_generations if stage == 2 else 0
+        attempts = roll_out(policy, rows, config, train.generation_temperature, f"{seed}/{step}", 2, train.corrections,
+                            seeded)
+        rolled_out = time.perf_counter()
+        rows = [row for row in rows for _ in range(train.corrections)]
+        update = improve(policy, optimizer, attempts, stage, config)
+        where = {"event": "train", "stage": stage, "step": step}
+        of_reference = attempts[0].by_reference
+        own = [picked(attempt, [i for i, drawn in enumerate(of_reference) if not drawn]) for attempt in attempts]
+        event = where | {"global_step": steps_before + step} | attempt_means(own)
+        event["reward_gap"] = event["reward_attempt2"] - event["reward_attempt1"]
+        if seeded:  # how well the reference's mistakes are mended
+            theirs = attempt_means([picked(a, [i for i, drawn in enumerate(of_reference) if drawn]) for a in attempts])
+            event |= {f"{key}_of_reference": theirs[key] for key in ("acc_attempt1", "acc_attempt2", "wrong_to_correct",
+                                                                     "correct_to_wrong", "wrong_mended")}
+        completions = attempts[0].completions[:: train.corrections] + attempts[1].completions
+        event["tokens_per_second"] = sum(map(len, completions)) / sum(attempt.seconds for attempt in attempts)
+        event |= update | {"seconds_rollout": rolled_out - start, "seconds_update": time.perf_counter() - rolled_out,
+                  "peak_memory_gb": torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None}
+        run.log(event, sample_rows(rows, attempts, where, most=None if update["skipped"] else 4))
+        now = ("reward {reward_attempt1:.3f} / {reward_attempt2:.3f}, acc {acc_attempt1:.2f} / {acc_attempt2:.2f}, "
+               "kl {kl_attempt1:.3f} / {kl_attempt2:.3f}, {tokens_per_second:.0f} tok/s").format(**event)
+        bar.set_postfix_str(now)
+        if bar.disable:  # a log file: a line a step
+            say(f"Stage {'I' * stage} step {step}/{len(batches)}: {now}")
+        if step == min(5, len(batches)):
+            warn_of_budgets(run, stage, len(rows))
+        skipped_in_a_row = skipped_in_a_row + 1 if update["skipped"] else 0
+        if skipped_in_a_row >= train.max_skipped_steps:
+            raise RunError(f"loss or gradient was not finite in {skipped_in_a_row} steps in a row (stage {stage}, step "
+                           f"{step}); their samples are in {run.folder}/samples.jsonl; lower train.learning_rate")
+        last = step == len(batches)
+        stop = asked_to_stop()
+        if not last and (stop or (train.checkpoint_every and step % train.checkpoint_every == 0)):
+            here = folder / f"step_{step}"
+            save_checkpoint(policy, here, state | {"step": step}, optimizer, model_card(config, run.evals(), here))
+            prune_checkpoints(folder, config.output.keep_checkpoints)
+            run.write_results()
+            say(f"Saved {here} ({now})")
+            if stop:
+                PROCESSES.wait_for_everyone()  # a launcher ends the rest when one has gone
+                raise Interrupted
+    card = model_card(config, run.evals(), folder)
+    save_checkpoint(policy, folder, state | {"step": len(batches), "finished": True}, None, card)
+
+
+def shuffled_batches(count: int, batch_size: int, epochs: float, seed: str) -> list[list[int]]:
+    """Index batches of a whole stage: a seeded shuffle each epoch, leftovers (under a batch) left out of it.
+
+    A function of its arguments alone, so a resumed run finds its place by step number."""
+    per_epoch = count // batch_size
+    batches = []
+    for epoch in range(math.ceil(epochs)):
+        order = list(range(count))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        batches += [order[i * batch_size : (i + 1) * batch_size] for i in range(per_epoch)]
+    return batches[: round(epochs * per_epoch)]
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(policy: Policy, examples: list[Example], config: Config, checkpoint: str) -> tuple[dict, list[dict]]:
+    """The paper's metrics on `examples`, greedily unless eval.generation_temperature says otherwise.
+
+    Returns the eval event and one sample row an example. "acc" is the share of correct answers, not a mean reward.
+    With eval.attempts above 2 also the accuracy of the later attempts, with eval.samples above 1 also that of majority
+    votes."""
+    size, temperature = config.eval.batch_size, config.eval.generation_temperature
+    start, batches = time.perf_counter(), []
+    for i in progress(range(0, len(examples), size), f"evaluate {checkpoint}"):
+        stop_if_asked()
+        batches.append(roll_out(policy, examples[i : i + size], config, temperature, f"{config.train.seed}/eval/{i}",
+                                config.eval.attempts))
+    attempts = [joined(parts) for parts in zip(*batches, strict=True)]
+    first, second, n = attempts[0], attempts[1], len(examples)
+    pairs = list(zip(first.correct, second.correct, strict=True))
+    event = {"event": "eval", "checkpoint": checkpoint, "n": n} | attempt_means(attempts) | {
+        "edit_distance_ratio": sum(map(edit_distance_ratio, first.completions, second.completions)) / n,
+    } | intervals(np.array(pairs, dtype=float))
+    if config.eval.samples > 1:
+        event |= vote(policy, examples, config)
+    event["seconds"] = time.perf_counter() - start
+    return event, sample_rows(examples, attempts, {"event": "eval", "checkpoint": checkpoint})
+
+
+def attempt_means(attempts: list[Attempt]) -> dict[str, float]:
+    """Mean reward, accuracy (strict and flexible), truncation and length of each attempt over its rows; shares of
+    rows unanswered; and `correction_split` of the first two attempts."""
+    means = {f"{name}_attempt{number}": sum(values) / len(values) for number, a in enumerate(attempts, 1)
+             for name, values in (("reward", a.rewards), ("acc", a.correct), ("flexible_acc", a.flexible),
+                                  ("unanswered", [kind == "unanswered" for kind in outcomes(a.correct, a.answers)]),
+                                  ("truncated", a.truncated), ("completion_tokens", [*map(len, a.completions)]))}
+    first, second = attempts[:2]
+    return means | correction_split(first.correct, first.answers, second.correct, second.answers)
+
+
+# ---------------------------------------------------------------------------------------------------------- the run
+
+
+def train_and_evaluate(args: argparse.Namespace, config: Config) -> tuple[Run, Policy]:
+    """The whole run: evaluate, Stage I, evaluate, Stage II, evaluate."""
+    run, checkpoint = open_run(args, config)
+    PROCESSES.wait_for_everyone()  # until all have read the folder
+    tokenizer = load_tokenizer(config)
+    train, test = load_examples(config, tokenizer)
+    train = train[: args.smoke] if args.smoke else train
+    test = test[: config.eval.max_examples]
+    steps = {stage: 0 if args.eval_only else len(stage_batches(stage, len(train), config, stage >= args.start_stage))
+             for stage in (1, 2)}
+    state = json.loads((checkpoint / "state.json").read_text()) if checkpoint else {}
+    if state.get("train_rows", "") not in ("", fingerprint(train)):
+        raise UserError(f"--resume: {checkpoint} was trained on other rows or prompts of {config.dataset.name}; put "
+                        "them back, or start a new run with --set run_name=NAME")
+    adapter = checkpoint or (Path(args.resume_adapter) if args.resume_adapter else None)
+    policy = load_policy(config, tokenizer, adapter)
+    PROCESSES.wait_for_everyone()  # until all have loaded: now the folder may change
+    enter_run(args, run, checkpoint)
+    PROCESSES.wait_for_everyone()
+    start_wandb(run, state.get("wandb_id"))
+    say(f"{config.run_name}: {config.model.name} on {DEVICE.type}, {len(train)} train and {len(test)} test examples, "
+        f"{steps[1] if args.start_stage == 1 else 0} + {steps[2]} steps, "
+        f"{PROCESSES.num_processes} process{'es' * (PROCESSES.num_processes > 1)}, into {run.folder}")
+
+    def record(label: str, step: int, **extra: Any) -> None:
+        lines = read_lines(run.folder / "metrics.jsonl")
+        if extra or not any(e.get("checkpoint") == label and "eval_only" not in e for e in lines):
+            event, samples = evaluate(policy, test, config, label)
+            run.log(event | {"global_step": step} | extra, [row | extra for row in samples])
+
+    if args.eval_only:
+        stage = f"stage{checkpoint_place(adapter)[0]}" if adapter and (adapter / "state.json").exists() else "adapter"
+        record(stage if adapter else "pretrain", 0, eval_only=True, adapter=str(adapter) if adapter else None)
+    else:
+        start_stage, done = checkpoint_place(checkpoint) if checkpoint else (args.start_stage, 0)
+        with reference(policy):  # an adapter to start from is not the pretrained model
+            record("pretrain", 0)
+        if args.start_stage == 2 and not checkpoint:
+            record("stage1", steps[1], adapter=args.resume_adapter)
+            start = run.folder / "stage2" / "step_0"  # for --resume
+            state = {"stage": 2, "step": 0, "train_rows": fingerprint(train)}
+            save_checkpoint(policy, start, state, None, model_card(config, run.evals(), start))
+        for stage in (1, 2):
+            before = steps[1] if stage == 2 else 0
+            if stage >= start_stage and steps[stage] > (done if stage == start_stage else 0):
+                train_stage(policy, train, stage, config, run, checkpoint if stage == start_stage else None, before)
+            if stage >= start_stage and steps[stage]:
+                record(f"stage{stage}", before + steps[stage])
+    return run, policy
+
+
+# ========================================================================================== part two: the machinery
+
+# ---------------------------------------------------------------------------------------------------- light imports
+
+import copy
+import difflib
+import hashlib
+import importlib
+import importlib.metadata
+import logging
+import netrc
+import os
+import reprlib
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import fields
+from functools import wraps
+from types import SimpleNamespace
+from urllib.parse import urlparse
+
+import yaml
+from pydantic import ValidationError
+
+from reward_function import RewardError, majority, missing_arguments
+
+# --------------------------------------------------------------------------------------------------------- messages
+
+
+class UserError(Exception):
+    """Something the user gave is wrong: one line that names it and the mend, exit code 2."""
+
+
+class RunError(Exception):
+    """The run cannot go on: one line that says why, exit code 1."""
+
+
+QUIET = False  # --quiet
+MAIN = os.environ.get("RANK", "0") == "0"  # of several processes, the one that prints and writes
+
+
+def say(message: str, always: bool = False) -> None:
+    """Prints one line without tearing a progress bar; with --quiet only what is said `always`."""
+    if (QUIET and not always) or not MAIN:
+        return
+    bar = sys.modules.get("tqdm")
+    (bar.tqdm.write if bar else print)(message, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def on_main(function: Callable) -> Callable:
+    """Decorator for what one process does for all: elsewhere the function does nothing."""
+    return wraps(function)(lambda *args, **kwargs: function(*args, **kwargs) if MAIN else None)
+
+
+# ----------------------------------------------------------------------------------------------------- command line
+
+
+def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
+    """Reads flags and config. Raises UserError."""
+    def refuse(message: str) -> None:
+        raise UserError(f"{' '.join(message.split())} (--help lists the flags)")
+
+    parser = argparse.ArgumentParser(description="SCoRe: two-stage RL for self-correction on one GPU.")
+    parser.add_argument("--config", required=True, help="YAML file; configs/tiny.yaml explains every key")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.SUB=VALUE", help="override keys")
+    parser.add_argument("--smoke", type=int, metavar="N", help="train on N examples, evaluate at most N: a quick check")
+    parser.add_argument("--start-stage", type=int, choices=(1, 2), default=1, help="2 skips Stage I")
+    parser.add_argument("--resume-adapter", metavar="DIR", help="adapter to start from (needed by --start-stage 2)")
+    parser.add_argument("--resume", action="store_true", help="continue this run from its newest complete checkpoint")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate the base model, or --resume-adapter")
+    parser.add_argument("--overwrite", action="store_true", help="delete an earlier run of this name (or its Stage II)")
+    parser.add_argument("--quiet", action="store_true", help="print the final table and errors only")
+    parser.error = refuse  # argparse's own prints the usage too
+    args = parser.parse_args(argv)
+    config = read_config(args.config, args.set)
+    if args.start_stage == 2 and not (args.resume_adapter or args.resume):
+        raise UserError("--start-stage 2: needs --resume-adapter DIR, the Stage I adapter to start from")
+    if args.resume_adapter and not (args.start_stage == 2 or args.eval_only):
+        raise UserError("--resume-adapter: goes with --start-stage 2 or --eval-only; --resume continues a run")
+    if args.resume and args.eval_only:
+        raise UserError("--resume: continues a run, --eval-only trains nothing; give one of them")
+    if args.resume and args.overwrite:
+        raise UserError("--overwrite: deletes what --resume would continue; give one of them")
+    if args.smoke is not None:
+        if args.smoke < 4:
+            raise UserError(f"--smoke {args.smoke}: needs at least 4 examples, for two steps of two")
+        config = shrink_for_smoke(config, args.smoke)
+    if args.resume_adapter:
+        check_adapter(Path(args.resume_adapter), config)
+    return args, config
+
+
+def read_config(path: str, overrides: list[str] = ()) -> Config:
+    """Reads a YAML file, applies `key.sub=value` overrides and validates the result. Raises UserError."""
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    except Exception as error:  # yaml has more than its own: 2025-13-13 is a ValueError, !!bool maybe a KeyError
+        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
+    if not isinstance(raw, dict):
+        what = "empty" if raw is None else type(raw).__name__
+        raise UserError(f"--config {path}: must be a mapping of keys to values, and is {what}")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise UserError(f"--set {override!r}: must read key.sub=value")
+        try:
+            value = yaml.safe_load(text)
+        except Exception:
+            raise UserError(f"--set {override!r}: the value is not valid YAML") from None
+        *parents, name = key.split(".")
+        node = raw
+        for part in parents:
+            node = node.setdefault(part, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict):
+            raise UserError(f"--set {override!r}: {'.'.join(parents)!r} is not a section")
+        node[name] = value
+    return check_config(raw)
+
+
+def check_config(raw: dict[str, Any]) -> Config:
+    """Validates a whole config.
+
+    Raises UserError that lists every fault at once, one a line: also those between keys, which are looked for with
+    the faulty keys put back to their defaults (or to any text, where there is none)."""
+    lines, config, patched, reset = [], None, copy.deepcopy(raw), set()
+    for _ in range(4):  # a patch can bring up another fault: a section that was no mapping now lacks its keys
+        try:
+            config = Config.model_validate(patched)
+            break
+        except ValidationError as error:
+            lines = lines or fault_lines(error)
+            for fault in error.errors():
+                patch_key(patched, list(map(str, fault["loc"])), missing=fault["type"] == "missing")
+                reset.add(fault["loc"][-1])
+    # A fault between keys of which one was put back is not the user's.
+    lines += [line for line in (budget_faults(config) if config else []) if reset.isdisjoint(re.findall(r"\w+", line))]
+    if lines:
+        raise UserError("\n".join(lines))
+    return config
 
 
 def fault_lines(error: ValidationError) -> list[str]:
@@ -426,28 +1202,6 @@ def budget_faults(config: Config) -> list[str]:
     return faults
 
 
-def check_config(raw: dict[str, Any]) -> Config:
-    """Validates a whole config.
-
-    Raises UserError that lists every fault at once, one a line: also those between keys, which are looked for with
-    the faulty keys put back to their defaults (or to any text, where there is none)."""
-    lines, config, patched, reset = [], None, copy.deepcopy(raw), set()
-    for _ in range(4):  # a patch can bring up another fault: a section that was no mapping now lacks its keys
-        try:
-            config = Config.model_validate(patched)
-            break
-        except ValidationError as error:
-            lines = lines or fault_lines(error)
-            for fault in error.errors():
-                patch_key(patched, list(map(str, fault["loc"])), missing=fault["type"] == "missing")
-                reset.add(fault["loc"][-1])
-    # A fault between keys of which one was put back is not the user's.
-    lines += [line for line in (budget_faults(config) if config else []) if reset.isdisjoint(re.findall(r"\w+", line))]
-    if lines:
-        raise UserError("\n".join(lines))
-    return config
-
-
 def patch_key(tree: dict[str, Any], path: list[str], missing: bool) -> None:
     """Removes the faulty value at `path`, or gives a missing required key a stand-in."""
     *parents, name = path
@@ -462,68 +1216,56 @@ def patch_key(tree: dict[str, Any], path: list[str], missing: bool) -> None:
         tree.pop(name, None)
 
 
-def read_config(path: str, overrides: list[str] = ()) -> Config:
-    """Reads a YAML file, applies `key.sub=value` overrides and validates the result. Raises UserError."""
+def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema, sections included, for suggestions."""
+    keys = []
+    for name, info in section.model_fields.items():
+        nested = isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+        keys += [prefix + name, *(known_keys(info.annotation, f"{prefix}{name}.") if nested else [])]
+    return keys
+
+
+def did_you_mean(word: str, words: Any) -> str:
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def not_registered(name: str, known: dict[str, Callable]) -> str:
+    mend = did_you_mean(name, known) or "; one of your own comes from a file that reward.module names"
+    return f"is not registered; registered are {', '.join(sorted(known))}{mend}"
+
+
+def reward_fault(name: str, module: str | None) -> str | None:
+    """Why `name` can be no reward function, so far as it shows without importing a package, which would cost seconds
+    and has to wait for Unsloth's import."""
+    own = vars(load_reward_module(Path(module))) if module else {}
+    if name in REWARD_FNS or callable(own.get(name)):
+        return None
+    if name in own:
+        return f"is no function in {module}"
+    package, dot, _ = name.partition(".")
+    if not dot or not all(part.isidentifier() for part in name.split(".")):
+        return not_registered(name, REWARD_FNS)
+    if importlib.util.find_spec(package):
+        return None
+    return f"cannot be imported: there is no package {package}; a function in a file of your own: reward.module"
+
+
+def load_reward_module(file: Path) -> Any:
+    """The module of a Python file of rewards and extractors, run once. Raises ValueError with a one-line reason."""
+    name = "rewards_of_" + re.sub(r"\W", "_", str(file.resolve()))
+    if name in sys.modules:
+        return sys.modules[name]
+    if file.suffix != ".py" or not file.is_file():
+        raise ValueError("must be a .py file that exists")
+    spec = importlib.util.spec_from_file_location(name, file)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    except Exception as error:  # yaml has more than its own: 2025-13-13 is a ValueError, !!bool maybe a KeyError
-        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
-    if not isinstance(raw, dict):
-        what = "empty" if raw is None else type(raw).__name__
-        raise UserError(f"--config {path}: must be a mapping of keys to values, and is {what}")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not all(key.split(".")):
-            raise UserError(f"--set {override!r}: must read key.sub=value")
-        try:
-            value = yaml.safe_load(text)
-        except Exception:
-            raise UserError(f"--set {override!r}: the value is not valid YAML") from None
-        *parents, name = key.split(".")
-        node = raw
-        for part in parents:
-            node = node.setdefault(part, {}) if isinstance(node, dict) else None
-        if not isinstance(node, dict):
-            raise UserError(f"--set {override!r}: {'.'.join(parents)!r} is not a section")
-        node[name] = value
-    return check_config(raw)
-
-
-def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
-    """Reads flags and config. Raises UserError."""
-    def refuse(message: str) -> None:
-        raise UserError(f"{' '.join(message.split())} (--help lists the flags)")
-
-    parser = argparse.ArgumentParser(description="SCoRe: two-stage RL for self-correction on one GPU.")
-    parser.add_argument("--config", required=True, help="YAML file; configs/tiny.yaml explains every key")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.SUB=VALUE", help="override keys")
-    parser.add_argument("--smoke", type=int, metavar="N", help="train on N examples, evaluate at most N: a quick check")
-    parser.add_argument("--start-stage", type=int, choices=(1, 2), default=1, help="2 skips Stage I")
-    parser.add_argument("--resume-adapter", metavar="DIR", help="adapter to start from (needed by --start-stage 2)")
-    parser.add_argument("--resume", action="store_true", help="continue this run from its newest complete checkpoint")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate the base model, or --resume-adapter")
-    parser.add_argument("--overwrite", action="store_true", help="delete an earlier run of this name (or its Stage II)")
-    parser.add_argument("--quiet", action="store_true", help="print the final table and errors only")
-    parser.error = refuse  # argparse's own prints the usage too
-    args = parser.parse_args(argv)
-    config = read_config(args.config, args.set)
-    if args.start_stage == 2 and not (args.resume_adapter or args.resume):
-        raise UserError("--start-stage 2: needs --resume-adapter DIR, the Stage I adapter to start from")
-    if args.resume_adapter and not (args.start_stage == 2 or args.eval_only):
-        raise UserError("--resume-adapter: goes with --start-stage 2 or --eval-only; --resume continues a run")
-    if args.resume and args.eval_only:
-        raise UserError("--resume: continues a run, --eval-only trains nothing; give one of them")
-    if args.resume and args.overwrite:
-        raise UserError("--overwrite: deletes what --resume would continue; give one of them")
-    if args.smoke is not None:
-        if args.smoke < 4:
-            raise UserError(f"--smoke {args.smoke}: needs at least 4 examples, for two steps of two")
-        config = shrink_for_smoke(config, args.smoke)
-    if args.resume_adapter:
-        check_adapter(Path(args.resume_adapter), config)
-    return args, config
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises
+        del sys.modules[name]
+        raise ValueError(f"cannot be run: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+    return module
 
 
 def shrink_for_smoke(config: Config, examples: int) -> Config:
@@ -575,6 +1317,10 @@ if __name__ == "__main__":  # a fault in the config costs a second, not the minu
             print(error, file=sys.stderr)
         sys.exit(2)
 
+
+# ---------------------------------------------------------------------------------------------------- heavy imports
+
+# Here, so that a wrong key costs a second, not the minute of these imports. Part one needs them only when it is called.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # else it tells of every kernel
@@ -622,52 +1368,8 @@ transformers.logging.disable_progress_bar()
 datasets.disable_progress_bars()
 datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs an error before raising it
 
-# ------------------------------------------------------------------------------------------------------------ model
 
-
-@dataclass
-class Policy:
-    """The model being trained and what goes with it. Its reference is itself inside `reference(policy)`."""
-
-    model: Any  # a PEFT model, always in training mode outside `generating(policy)`
-    tokenizer: Any
-    eos_token_ids: list[int]
-    pad_token_id: int
-    think_prefix: str  # "<think>" where the chat template itself opens the tag, so that rewards see the pair
-    bridge: list[int]  # what the chat template puts between attempt 1 and attempt 2: turn ends, instruction
-    for_generation: Callable[[], Any]
-    for_training: Callable[[], Any]
-    decoder: Decoder | None = None
-    engine: Callable | None = None  # vLLM's, in the decoder's place
-    micro_tokens: int = 0  # the update's tokens per micro-batch, pads included; an out-of-memory halves it
-    recompute: Callable[[], Any] | None = None  # gradient checkpointing on, where `auto` has left it off
-
-    @property
-    def trainable(self) -> dict[str, torch.nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-
-def reference(policy: Policy) -> Any:
-    """Context in which the policy is the reference pi_ref: the same weights, the adapter switched off."""
-    return policy.model.disable_adapter()
-
-
-@contextmanager
-def generating(policy: Policy) -> Iterator[None]:
-    """Context for model.generate: inference mode on, and back to training mode however it ends."""
-    policy.for_generation()
-    try:
-        with torch.no_grad(), autocast(policy):
-            yield
-    finally:
-        policy.for_training()
-
-
-def autocast(policy: Policy) -> Any:
-    """bf16 arithmetic on the accelerator (LoRA weights are kept in float32), plain float32 on the CPU."""
-    dtype = policy.model.get_input_embeddings().weight.dtype
-    mixed = DEVICE.type != "cpu" and dtype != torch.float32
-    return torch.autocast(DEVICE.type, dtype=dtype) if mixed else nullcontext()
+# ---------------------------------------------------------------------------------------------------------- loading
 
 
 def load_tokenizer(config: Config) -> Any:
@@ -691,142 +1393,22 @@ def load_tokenizer(config: Config) -> Any:
     return tokenizer
 
 
-def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use_unsloth: bool | None = None) -> Policy:
-    """Loads base model and LoRA adapter: with Unsloth where it runs, else with transformers + PEFT.
-
-    Both paths give the same model: bf16 (float32 on the CPU), the same LoRA settings, float32 LoRA weights. `adapter`
-    holds LoRA weights to start from. Raises UserError for a model or an adapter that does not fit."""
-    bridge, think_prefix = attempt2_bridge(tokenizer, config)
-    use_unsloth = DEVICE.type != "cpu" if use_unsloth is None else use_unsloth
-    if config.model.fast_inference and (not use_unsloth or PROCESSES.num_processes > 1):
-        raise UserError("model.fast_inference: vLLM serves one process with a GPU; set it to false")
-    name, dtype = config.model.name, torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
-    torch.manual_seed(config.train.seed)  # LoRA's A matrices
+@contextmanager
+def generating(policy: Policy) -> Iterator[None]:
+    """Context for model.generate: inference mode on, and back to training mode however it ends."""
+    policy.for_generation()
     try:
-        load = load_with_unsloth if use_unsloth else load_with_transformers
-        model, for_generation, for_training = load(config, dtype)
-    except torch.OutOfMemoryError:
-        raise UserError(f"model.name: {name} does not fit in GPU memory; set model.load_in_4bit: true") from None
-    except UserError:
-        raise
-    except Exception as error:  # an odd config.json raises what it likes
-        raise UserError(f"model.name: {name} cannot be loaded: {first_line(error)}") from None
-    if max(bridge, default=0) >= model.get_input_embeddings().weight.shape[0]:
-        raise UserError(f"model.name: the tokenizer of {name} has tokens that its model lacks: it is another model's")
-    # A model's own generation_config (top_k, top_p, repetition penalty) would sample from another policy than the one
-    # whose log-probs are trained: keep its token ids and nothing else.
-    eos = eos_ids(model, tokenizer, name)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
-    model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=pad)
-    model.peft_config["default"].base_model_name_or_path = name
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    if adapter:
-        load_adapter(model, adapter)
-    if DEVICE.type == "cpu" and model.num_parameters() < 2**24:
-        torch.set_num_threads(1)  # matrices this small keep threads waiting for one another, worse beside another job
-    auto = config.model.gradient_checkpointing == "auto"
-    checkpointing = True if auto else config.model.gradient_checkpointing
-    longest = config.train.max_prompt_length_attempt2 + config.train.max_new_tokens_attempt2
-    policy = Policy(model, tokenizer, eos, pad, think_prefix, bridge, for_generation,
-                    partial(for_training, use_gradient_checkpointing=checkpointing),
-                    micro_tokens=config.train.micro_batch_size * longest)
-    policy.for_training()
-    check_log_prob_route(policy)
-    choose_sampler(policy, config, longest)
-    if auto:
-        keep_activations_if_they_fit(policy, for_training, longest)
-    return policy
+        with torch.no_grad(), autocast(policy):
+            yield
+    finally:
+        policy.for_training()
 
 
-ENOUGH_TOKENS = 8192  # a micro-batch of as many keeps a card busy: more would take memory, and no less time
-
-
-def keep_activations_if_they_fit(policy: Policy, for_training: Callable, longest: int) -> None:
-    """Gradient checkpointing `auto`: computing activations twice costs time, so it is off where half of the free memory
-    holds those of a micro-batch of ENOUGH_TOKENS (and of one row of `longest`).
-
-    What a token's activations take is measured on one row. `improve` switches it on again rather than give up."""
-    recompute, policy.for_training = policy.for_training, partial(for_training, use_gradient_checkpointing=False)
-    policy.for_training()
-    if DEVICE.type != "cuda":
-        return
-    row = [i % len(policy.tokenizer) for i in range(min(1024, longest))]
-    before = torch.cuda.memory_allocated()
-    kept = completion_log_probs(policy, [row[:1]], [row[1:]], 1.0)
-    a_token = (torch.cuda.memory_allocated() - before) / len(row)
-    del kept
-    fits = int((torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - before) / 2 / a_token)
-    if fits < max(longest, min(ENOUGH_TOKENS, policy.micro_tokens)):
-        policy.for_training = recompute
-        recompute()
-    else:
-        policy.recompute, policy.micro_tokens = recompute, min(policy.micro_tokens, max(longest, ENOUGH_TOKENS))
-
-
-def lora_settings(config: Config) -> dict[str, Any]:
-    lora = config.model.lora
-    return dict(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias="none",
-                target_modules=lora.target_modules)
-
-
-def load_with_unsloth(config: Config, dtype: torch.dtype) -> tuple[Any, Callable, Callable]:
-    """The PEFT model, the switch to generation and the one to training, which is told about gradient checkpointing;
-    with vLLM inside if asked for."""
-    from unsloth import FastLanguageModel
-
-    wanted, more = config.model, {}
-    checkpointing = True if wanted.gradient_checkpointing == "auto" else wanted.gradient_checkpointing
-    if PROCESSES.num_processes > 1:
-        more["device_map"] = {"": PROCESSES.local_process_index}
-    if wanted.fast_inference:  # vLLM knows ranks that are powers of two
-        more |= dict(fast_inference=True, gpu_memory_utilization=wanted.fast_inference_gpu_mem,
-                     max_lora_rank=max(8, 1 << (wanted.lora.r - 1).bit_length()))
-    heard = BANNERS.tell()
-    # vLLM draws progress bars; its log has had the real stderr since Unsloth imported it.
-    with redirect_stdout(BANNERS), redirect_stderr(BANNERS) if wanted.fast_inference else nullcontext():
-        model, _ = FastLanguageModel.from_pretrained(
-            wanted.name, max_seq_length=wanted.max_seq_length, dtype=dtype, use_exact_model_name=True,
-            load_in_4bit=wanted.load_in_4bit, trust_remote_code=wanted.trust_remote_code, **more,
-        )
-        model = FastLanguageModel.get_peft_model(
-            model, **lora_settings(config), use_gradient_checkpointing=checkpointing, random_state=config.train.seed
-        )
-    BANNERS.seek(heard)
-    for line in BANNERS:  # among them one that matters now and then
-        if re.search("disabling|cannot|will switch|defaulting", line, re.IGNORECASE):
-            say(line.strip())
-    return model, partial(FastLanguageModel.for_inference, model), partial(FastLanguageModel.for_training, model)
-
-
-def load_with_transformers(config: Config, dtype: torch.dtype) -> tuple[Any, Callable, Callable]:
-    """The same without Unsloth. Raises UserError for what it would load wrongly."""
-    wanted = config.model
-    if wanted.load_in_4bit and DEVICE.type == "cpu":
-        raise UserError("model.load_in_4bit: needs a GPU; set it to false on a CPU")
-    nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    model, found = transformers.AutoModelForCausalLM.from_pretrained(
-        wanted.name, dtype=dtype, trust_remote_code=wanted.trust_remote_code,
-        quantization_config=transformers.BitsAndBytesConfig(**nf4) if wanted.load_in_4bit else None,
-        device_map={"": DEVICE} if DEVICE.type != "cpu" else None,
-        output_loading_info=True, ignore_mismatched_sizes=True,  # what is not loaded would be left random
-    )
-    if odd := sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]):
-        raise ValueError(f"its weights do not fit its config.json: {odd[0]} lacks or has another shape")
-    for target in wanted.lora.target_modules:
-        if not any(f".{module}".endswith(f".{target}") for module, _ in model.named_modules()):
-            raise UserError(f"model.lora.target_modules: {wanted.name} has no {target}; leave it out or correct it")
-    base, model = model, get_peft_model(model, PeftLoraConfig(**lora_settings(config), task_type="CAUSAL_LM"))
-
-    def for_training(use_gradient_checkpointing: bool | str) -> None:
-        model.train()
-        if use_gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            base.gradient_checkpointing_disable()
-
-    return model, model.eval, for_training
+def autocast(policy: Policy) -> Any:
+    """bf16 arithmetic on the accelerator (LoRA weights are kept in float32), plain float32 on the CPU."""
+    dtype = policy.model.get_input_embeddings().weight.dtype
+    mixed = DEVICE.type != "cpu" and dtype != torch.float32
+    return torch.autocast(DEVICE.type, dtype=dtype) if mixed else nullcontext()
 
 
 def choose_sampler(policy: Policy, config: Config, longest: int) -> None:
@@ -855,6 +1437,48 @@ def choose_sampler(policy: Policy, config: Config, longest: int) -> None:
         raise UserError(f"train.importance_clip: needs the sampler's log-probs, which model.generate does not give "
                         f"({reason}); set it to null")
     say(f"Rollouts use model.generate: {reason}.")
+
+
+def check_log_prob_route(policy: Policy) -> None:
+    """Some architectures scale or cap their logits after the head; those would be trained on wrong log-probs. Refuse.
+
+    Compares the fused route with the model's own logits on one short row. Raises UserError."""
+    if type(policy.model.get_base_model().get_output_embeddings()) is not torch.nn.Linear:
+        raise UserError("model.lora.target_modules: the output head cannot be adapted; leave lm_head out")
+    row = [i % len(policy.tokenizer) for i in range(5, 17)]
+    with torch.no_grad(), reference(policy):  # the adapter's dropout would differ between the two
+        fused = completion_log_probs(policy, [row[:1]], [row[1:]], 1.0)
+        with autocast(policy):
+            logits = policy.model(input_ids=torch.tensor([row], device=DEVICE)).logits[0, :-1].float()
+        plain = logits.log_softmax(-1).gather(-1, torch.tensor(row[1:], device=DEVICE)[:, None])[:, 0]
+    if not torch.allclose(fused, plain, atol=1e-3 if DEVICE.type == "cpu" else 0.1):
+        raise UserError(f"model.name: {policy.model.config.model_type} changes its logits after the output head "
+                        "(scaling or soft cap), which this trainer does not do")
+
+
+ENOUGH_TOKENS = 8192  # a micro-batch of as many keeps a card busy: more would take memory, and no less time
+
+
+def keep_activations_if_they_fit(policy: Policy, for_training: Callable, longest: int) -> None:
+    """Gradient checkpointing `auto`: computing activations twice costs time, so it is off where half of the free memory
+    holds those of a micro-batch of ENOUGH_TOKENS (and of one row of `longest`).
+
+    What a token's activations take is measured on one row. `improve` switches it on again rather than give up."""
+    recompute, policy.for_training = policy.for_training, partial(for_training, use_gradient_checkpointing=False)
+    policy.for_training()
+    if DEVICE.type != "cuda":
+        return
+    row = [i % len(policy.tokenizer) for i in range(min(1024, longest))]
+    before = torch.cuda.memory_allocated()
+    kept = completion_log_probs(policy, [row[:1]], [row[1:]], 1.0)
+    a_token = (torch.cuda.memory_allocated() - before) / len(row)
+    del kept
+    fits = int((torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - before) / 2 / a_token)
+    if fits < max(longest, min(ENOUGH_TOKENS, policy.micro_tokens)):
+        policy.for_training = recompute
+        recompute()
+    else:
+        policy.recompute, policy.micro_tokens = recompute, min(policy.micro_tokens, max(longest, ENOUGH_TOKENS))
 
 
 def eos_ids(model: Any, tokenizer: Any, name: str) -> list[int]:
@@ -894,50 +1518,37 @@ def first_line(error: BaseException) -> str:
     return line[:300] + "; model.trust_remote_code: true would run it" * ("trust_remote_code" in str(error))
 
 
-# ------------------------------------------------------------------------------------------------------------- data
+# ---------------------------------------------------------------------------------------------------- chat template
 
 
-@dataclass
-class Example:
-    """One problem: its text, its reference answer ("": none is known), and the token ids of the attempt-1 prompt."""
-
-    question: str
-    target: str
-    prompt: list[int]
-    columns: dict[str, Any] = field(default_factory=dict)  # what rewards in TRL's form get by name
+def example_turns(prompts: PromptsConfig) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for example in prompts.examples
+            for role, text in (("user", example.input), ("assistant", example.output))]
 
 
-def fingerprint(examples: list[Example]) -> str:
-    """Changes with any prompt, target or their order: a resumed run goes on with the rows it began with."""
-    return hashlib.sha256(json.dumps([[e.prompt, e.target] for e in examples]).encode()).hexdigest()[:16]
+def chat_text(tokenizer: Any, config: Config, turns: list[dict[str, str]]) -> str:
+    """The chat template's text of system prompt + worked examples + `turns`, open for the assistant to write.
+
+    The examples stand there verbatim, also where the template cuts the reasoning out of earlier turns: it renders a
+    marker in the place of each of their texts. Raises UserError."""
+    system = [{"role": "system", "content": config.prompts.system}] if config.prompts.system else []
+    worked = example_turns(config.prompts)
+    texts = {f"WORKEDEXAMPLETURN{number}STANDSHERE": turn["content"] for number, turn in enumerate(worked)}
+    marked = [turn | {"content": marker} for turn, marker in zip(worked, texts, strict=True)]
+    try:
+        text = tokenizer.apply_chat_template(
+            system + marked + turns, tokenize=False, add_generation_prompt=True, **config.model.chat_template_kwargs
+        )
+    except Exception as error:  # templates raise what they like
+        key = "prompts.system" if system and "system" in str(error).lower() else "model.chat_template"
+        raise UserError(f"{key}: the chat template of {config.model.name} refuses it: {first_line(error)}") from None
+    if any(text.count(marker) != 1 for marker in texts):
+        raise UserError(f"prompts.examples: the chat template of {config.model.name} does not render each of their "
+                        "turns exactly once; show the examples inside prompts.system instead")
+    return re.sub("|".join(texts), lambda marker: texts[marker[0]], text) if texts else text
 
 
-def load_examples(config: Config, tokenizer: Any) -> tuple[list[Example], list[Example]]:
-    """Train and test examples. A test row is never trained on. Raises UserError."""
-    wanted = config.dataset
-    splits = load_splits(wanted)
-    if wanted.split:
-        if wanted.split not in splits:
-            raise UserError(f"dataset.split: {wanted.name} has no split {wanted.split!r}; it has {', '.join(splits)}")
-        if len(splits[wanted.split]) <= wanted.test_split_size:
-            raise UserError(f"dataset.test_split_size: {wanted.test_split_size} leaves nothing to train on: "
-                            f"{wanted.split} has {len(splits[wanted.split])} rows")
-        parts = splits[wanted.split].train_test_split(test_size=wanted.test_split_size, seed=config.train.seed)
-        train, test = parts["train"], parts["test"]
-    else:
-        for split in ("train", "test"):
-            if split not in splits:
-                raise UserError(f"dataset.name: {wanted.name} has no {split} split; it has {', '.join(splits)}. "
-                                "Set dataset.split to one of them and dataset.test_split_size to hold rows out")
-        train, test = splits["train"], splits["test"]
-    train, test = read_rows(train, "train", config), read_rows(test, "test", config)
-    seen = {row[0] for row in test}
-    kept, test = [row for row in train if row[0] not in seen], test[: wanted.test_split_size]
-    if len(kept) < len(train):
-        say(f"Warning: {len(train) - len(kept)} train rows are also test rows; they are not trained on.")
-    if not kept:
-        raise UserError(f"dataset.name: every train row of {wanted.name} is also a test row; nothing is left to learn")
-    return tuple(encode_rows(rows, split, config, tokenizer) for rows, split in ((kept, "train"), (test, "test")))
+# ------------------------------------------------------------------------------------------------------------- rows
 
 
 def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
@@ -1033,90 +1644,161 @@ def reward_columns(rows: Any, targets: list[str], split: str, config: Config) ->
     return [row | {argument: row[column] for argument, column in reward.columns.items()} for row in named]
 
 
-def encode_rows(rows: list[tuple], split: str, config: Config, tokenizer: Any) -> list[Example]:
-    """Builds the attempt-1 prompts; a prompt over budget is dropped with a count, never cut."""
-    limit = config.train.max_prompt_length_attempt1
-    texts = [chat_text(tokenizer, config, [{"role": "user", "content": question}]) for question, *_ in rows]
-    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    examples = [Example(question, target, prompt, *columns)
-                for (question, target, *columns), prompt in zip(rows, prompts, strict=True) if len(prompt) <= limit]
-    if not examples:
-        raise UserError(f"train.max_prompt_length_attempt1: all {len(rows)} {split} prompts are longer than {limit} "
-                        f"tokens; the shortest has {min(map(len, prompts))}")
-    if len(examples) < len(rows):
-        say(f"Warning: {len(rows) - len(examples)} of {len(rows)} {split} prompts are over "
-            f"train.max_prompt_length_attempt1 = {limit} tokens and are left out (longest: {max(map(len, prompts))}).")
-    return examples
-
-
-def example_turns(prompts: PromptsConfig) -> list[dict[str, str]]:
-    return [{"role": role, "content": text} for example in prompts.examples
-            for role, text in (("user", example.input), ("assistant", example.output))]
-
-
-def chat_text(tokenizer: Any, config: Config, turns: list[dict[str, str]]) -> str:
-    """The chat template's text of system prompt + worked examples + `turns`, open for the assistant to write.
-
-    The examples stand there verbatim, also where the template cuts the reasoning out of earlier turns: it renders a
-    marker in the place of each of their texts. Raises UserError."""
-    system = [{"role": "system", "content": config.prompts.system}] if config.prompts.system else []
-    worked = example_turns(config.prompts)
-    texts = {f"WORKEDEXAMPLETURN{number}STANDSHERE": turn["content"] for number, turn in enumerate(worked)}
-    marked = [turn | {"content": marker} for turn, marker in zip(worked, texts, strict=True)]
+def find_reward(name: str, module: str | None) -> Callable:
+    """The function in TRL's form that is called `name` in reward.module, or has it as import path. Raises UserError."""
+    package, _, attribute = name.rpartition(".")
     try:
-        text = tokenizer.apply_chat_template(
-            system + marked + turns, tokenize=False, add_generation_prompt=True, **config.model.chat_template_kwargs
-        )
-    except Exception as error:  # templates raise what they like
-        key = "prompts.system" if system and "system" in str(error).lower() else "model.chat_template"
-        raise UserError(f"{key}: the chat template of {config.model.name} refuses it: {first_line(error)}") from None
-    if any(text.count(marker) != 1 for marker in texts):
-        raise UserError(f"prompts.examples: the chat template of {config.model.name} does not render each of their "
-                        "turns exactly once; show the examples inside prompts.system instead")
-    return re.sub("|".join(texts), lambda marker: texts[marker[0]], text) if texts else text
+        fn = getattr(importlib.import_module(package) if package else load_reward_module(Path(module)), attribute)
+    except Exception as error:  # whatever the package raises
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"reward.fn: {name} cannot be imported: {reason}") from None
+    if not callable(fn):
+        raise UserError(f"reward.fn: {name} is no function")
+    return fn
 
 
-def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
-    """The token ids that stand between attempt 1's last token and attempt 2's first, and the think tag if open.
-
-    The attempt-2 prompt is attempt-1 prompt + attempt 1 verbatim + bridge. Rendering the conversation through the
-    template instead would cut the reasoning out of attempt 1 where the template strips <think> from history (Qwen3),
-    and re-tokenise what the policy sampled. So a marker is rendered in its place, and what follows it is the bridge."""
-    marker = "FIRSTATTEMPTSTANDSHERE"
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker},
-             {"role": "user", "content": config.prompts.self_correction}]
-    text = chat_text(tokenizer, config, turns)
-    if text.count(marker) != 1:
-        raise UserError("model.chat_template: does not render an earlier assistant turn exactly once")
-    tail = text[text.index(marker) + len(marker) :]
-    if config.prompts.self_correction.strip() not in tail:
-        raise UserError("model.chat_template: does not render the user's second turn (prompts.self_correction)")
-    bridge = tokenizer(tail, add_special_tokens=False)["input_ids"]
-    train = config.train
-    need = train.max_prompt_length_attempt1 + train.max_new_tokens_attempt1 + len(bridge)
-    if need > train.max_prompt_length_attempt2:
-        raise UserError(f"train.max_prompt_length_attempt2: {train.max_prompt_length_attempt2} cannot hold attempt 1's "
-                        f"prompt ({train.max_prompt_length_attempt1}) and completion ({train.max_new_tokens_attempt1}) "
-                        f"and the instruction ({len(bridge)} tokens); set it to {need} or more")
-    more = config.eval.attempts - 2  # attempts 3, 4, ... of an evaluation see all before them
-    need += train.max_new_tokens_attempt2 + more * (train.max_new_tokens_attempt2 + len(bridge))
-    if more and need > config.model.max_seq_length:
-        raise UserError(f"eval.attempts: {config.eval.attempts} attempts can take {need} tokens, model.max_seq_length "
-                        f"is {config.model.max_seq_length}; raise that, or lower eval.attempts")
-    return bridge, "<think>" if tail.rstrip().endswith("<think>") else ""
+def reward_arguments(
+    policy: Policy, prompts: list[list[int]], completions: list[list[int]], texts: list[str], examples: list[Example],
+    config: Config, earlier: Sequence[Attempt],
+) -> dict[str, list]:
+    """By name, a list over rows each: what TRL gives to its reward functions. {} where no reward is of that form."""
+    if not config.reward.unregistered or not examples:
+        return {}
+    columns = {name: [example.columns.get(name) for example in examples] for name in examples[0].columns}
+    if config.reward.completions == "text":
+        shown = policy.tokenizer.batch_decode(prompts, clean_up_tokenization_spaces=False)
+        return columns | {"prompts": shown, "completions": texts, "completion_ids": completions}
+    message = lambda role, content: [{"role": role, "content": content}] if content else []  # noqa: E731
+    opening = message("system", config.prompts.system) + example_turns(config.prompts)
+    chats = [opening + message("user", example.question) for example in examples]
+    for attempt in earlier:
+        chats = [chat + message("assistant", text) + message("user", config.prompts.self_correction)
+                 for chat, text in zip(chats, attempt.texts, strict=True)]
+    answers = [[{"role": "assistant", "content": text}] for text in texts]
+    return columns | {"prompts": chats, "completions": answers, "completion_ids": completions}
 
 
-def shuffled_batches(count: int, batch_size: int, epochs: float, seed: str) -> list[list[int]]:
-    """Index batches of a whole stage: a seeded shuffle each epoch, leftovers (under a batch) left out of it.
+def fingerprint(examples: list[Example]) -> str:
+    """Changes with any prompt, target or their order: a resumed run goes on with the rows it began with."""
+    return hashlib.sha256(json.dumps([[e.prompt, e.target] for e in examples]).encode()).hexdigest()[:16]
 
-    A function of its arguments alone, so a resumed run finds its place by step number."""
-    per_epoch = count // batch_size
-    batches = []
-    for epoch in range(math.ceil(epochs)):
-        order = list(range(count))
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-        batches += [order[i * batch_size : (i + 1) * batch_size] for i in range(per_epoch)]
-    return batches[: round(epochs * per_epoch)]
+
+def stage_batches(stage: int, examples: int, config: Config, runs: bool = True) -> list[list[int]]:
+    """The index batches of a stage. Raises UserError, if it runs, when there are not examples enough for one."""
+    size, epochs = (getattr(config.train, f"stage{stage}_{key}") for key in ("batch_size", "epochs"))
+    if runs and epochs > 0 and examples < size:
+        raise UserError(f"train.stage{stage}_batch_size: {size} is more than the {examples} train examples; lower it")
+    batches = shuffled_batches(examples, size, epochs, f"{config.train.seed}/stage{stage}")
+    if runs and epochs > 0 and not batches:
+        raise UserError(f"train.stage{stage}_epochs: {epochs} of {examples} examples is less than one step of {size}; "
+                        "raise it, or set 0 to skip the stage")
+    return batches
+
+
+# --------------------------------------------------------------------------------------------------------- sampling
+
+
+def rows_that_fit(policy: Policy, slots: int) -> int:
+    """How many rows of `slots` tokens decode together: their K/V cache and logits may take half of the free memory."""
+    if DEVICE.type != "cuda" or policy.engine:  # which queues what does not fit
+        return 2**31
+    config = policy.model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    row = 4 * config.num_hidden_layers * kv_heads * head_dim * slots + 8 * config.vocab_size  # bf16 K, V; f32 logits
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return max(1, int(free / 2 / row))
+
+
+def engine_samples(
+    model: Any, eos_token_ids: list[int], prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int
+) -> tuple[list[list[int]], list[list[float]]]:
+    """`sample` by Unsloth's vLLM engine, with the LoRA weights of this moment (none inside `reference`).
+
+    Token ids and log-probs are the engine's own: nothing is decoded and encoded again. No EOS: none ends a row. Each
+    row has a seed of its own, or rollouts of one prompt would be the same."""
+    from vllm import SamplingParams
+
+    live = not any(getattr(module, "disable_adapters", None) is True for module in model.modules())
+    folder = os.path.join(tempfile.gettempdir(), f"score-lora-{os.getpid()}")  # for the adapter's settings
+    how = [SamplingParams(
+        temperature=temperature, top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0, seed=(seed + row) % 2**31,
+        max_tokens=max_new_tokens, stop_token_ids=eos_token_ids, ignore_eos=not eos_token_ids, logprobs=0,
+        detokenize=False,
+    ) for row in range(len(prompts))]
+    answers = model.fast_generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts], sampling_params=how, use_tqdm=False,
+        lora_request=model.load_lora(folder, load_tensors=True) if live else None,
+    )
+    rows = [answer.outputs[0] for answer in answers]
+    log_probs = [[found[token].logprob for token, found in zip(row.token_ids, row.logprobs, strict=True)]
+                 for row in rows]
+    return [list(row.token_ids) for row in rows], log_probs
+
+
+def picked(attempt: Attempt, rows: Sequence[int]) -> Attempt:
+    """Some rows of an attempt, or one row several times."""
+    columns = ((f.name, getattr(attempt, f.name)) for f in fields(Attempt))
+    return Attempt(**{name: [c[row] for row in rows] if isinstance(c, list) else c for name, c in columns})
+
+
+def joined(batches: Sequence[Attempt], at_once: bool = False) -> Attempt:
+    """The rows of several batches of one attempt, in order, sampled one after the other or by processes at once."""
+    columns = {f.name: [getattr(batch, f.name) for batch in batches] for f in fields(Attempt)}
+    seconds, log_probs = (max if at_once else sum)(columns.pop("seconds")), columns.pop("sampled_log_probs")
+    rows = {name: [row for part in parts for row in part] for name, parts in columns.items()}
+    return Attempt(**rows, sampled_log_probs=None if None in log_probs else sum(log_probs, []), seconds=seconds)
+
+
+def until_eos(tokens: list[int], eos_token_ids: list[int]) -> list[int]:
+    """The tokens up to and with the first EOS."""
+    return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in eos_token_ids), len(tokens))]
+
+
+def without_eos(completion: list[int], policy: Policy) -> list[int]:
+    return completion[:-1] if completion[-1] in policy.eos_token_ids else completion
+
+
+# ------------------------------------------------------------------------------------------------- log-probs kernel
+
+
+def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Logits in float32 from hidden [N, H] and the output embedding [V, H]: bf16 would round a logit of 20 by 0.06."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return (hidden @ weight.T).float()
+
+
+class LinearLogProb(torch.autograd.Function):
+    """log softmax(h W^T / T)[target] for N tokens, in chunks, never holding [N, V].
+
+    W is frozen, so the gradient with respect to h, (W[target] - softmax W) / T, is known in the forward pass: it is
+    kept ([N, H]) and backward is one multiplication. Two matrix products a token instead of the three of a
+    checkpointed head, no filtering of small probabilities, softmax in float32 on every device."""
+
+    CHUNK_BYTES = 2**28
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float):
+        log_probs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        direction = torch.empty_like(hidden) if hidden.requires_grad else None
+        rows = max(1, LinearLogProb.CHUNK_BYTES // (4 * weight.shape[0]))
+        for start in range(0, len(targets), rows):
+            chunk = slice(start, start + rows)
+            logits = head_logits(hidden[chunk], weight)  # [rows, V]
+            log_p = (logits / temperature if temperature != 1 else logits).log_softmax(1)
+            log_probs[chunk] = log_p.gather(1, targets[chunk, None])[:, 0]
+            if direction is not None:
+                # softmax - onehot in float32 first: where the target is nearly sure, bf16 would lose the difference
+                away = log_p.exp_().scatter_add_(1, targets[chunk, None], -torch.ones_like(log_p[:, :1]))
+                direction[chunk] = (away.to(weight.dtype) @ weight) / -temperature
+        ctx.save_for_backward(direction)
+        return log_probs
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor):
+        (direction,) = ctx.saved_tensors
+        return gradient[:, None].to(direction.dtype) * direction, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------- decoder
@@ -1819,338 +2501,7 @@ class Decoder:
         count += alive
 
 
-# ---------------------------------------------------------------------------------------------------------- rollout
-
-
-@dataclass
-class Attempt:
-    """One attempt at each of B rows. Lists, not padded tensors: a completion is its tokens up to and with EOS."""
-
-    prompts: list[list[int]]
-    completions: list[list[int]]
-    texts: list[str]  # what rewards see: the completion decoded, EOS removed, tags kept
-    answers: list[str]  # extracted from them, "" where there is none
-    rewards: list[float]
-    correct: list[bool]
-    flexible: list[bool]  # correct if a lenient reader looks for the answer: for diagnosis, never a reward
-    truncated: list[bool]  # the budget ended it, not EOS
-    by_reference: list[bool]  # drawn from the reference policy: not trained on
-    sampled_log_probs: list[list[float]] | None  # by the decoder, under softmax(logits / T)
-    seconds: float
-
-
-def roll_out(policy: Policy, examples: list[Example], config: Config, temperature: float, seed: str,
-             attempts: int = 2, corrections: int = 1, by_reference: int = 0) -> list[Attempt]:
-    """Samples the attempts at every example one after the other; returns [attempt 1, attempt 2, ...] with rewards.
-
-    A later prompt holds the attempts before it verbatim, reasoning included. With `corrections` m a first attempt
-    stands in m rows, one after the other, and is corrected in each anew. The reference policy makes the first attempts
-    at the last `by_reference` examples. Raises RewardError.
-
-    Several processes take a share of the examples each, and all return the whole."""
-    rank, processes = PROCESSES.process_index, PROCESSES.num_processes
-    first_row, end = (number * len(examples) // processes for number in (rank, rank + 1))
-    own = max(0, min(end, len(examples) - by_reference) - first_row)
-    examples, seed = examples[first_row:end], f"{seed}/process {rank}" if rank else seed
-    with policy.decoder.conversation() if policy.decoder else nullcontext():
-        prompts = [example.prompt for example in examples]
-        made = [make_attempt(policy, prompts[:own], examples[:own], config, temperature, f"{seed}/1")]
-        if own < len(examples):
-            if policy.decoder:
-                policy.decoder.forget()  # the policy's own K/V of what the reference writes is another
-            with reference(policy):
-                drawn = make_attempt(policy, prompts[own:], examples[own:], config, temperature, f"{seed}/reference")
-            drawn.by_reference = [True] * len(drawn.texts)
-            made = [joined([*made, drawn])]
-        if corrections > 1:
-            repeated = [row for row in range(len(examples)) for _ in range(corrections)]
-            made, examples = [picked(made[0], repeated)], [examples[row] for row in repeated]
-        for number in range(2, attempts + 1):
-            prompts = [prompt + without_eos(completion, policy) + policy.bridge
-                       for prompt, completion in zip(made[-1].prompts, made[-1].completions, strict=True)]
-            made.append(make_attempt(policy, prompts, examples, config, temperature, f"{seed}/{number}", made))
-    if processes > 1:
-        made = [joined(parts, at_once=True) for parts in zip(*gather_object([made]), strict=True)]
-    return made
-
-
-def make_attempt(policy: Policy, prompts: list[list[int]], examples: list[Example], config: Config, temperature: float,
-                 seed: str, earlier: Sequence[Attempt] = ()) -> Attempt:
-    """Samples and grades one attempt at every example, after `earlier` ones. Raises RewardError."""
-    start = time.perf_counter()
-    budget = config.train.max_new_tokens_attempt2 if earlier else config.train.max_new_tokens_attempt1
-    completions, log_probs = sample(policy, prompts, budget, temperature, seed)
-    without_end = [without_eos(completion, policy) for completion in completions]
-    texts = policy.tokenizer.batch_decode(without_end, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    texts = [policy.think_prefix + text for text in texts]
-    seconds = time.perf_counter() - start
-    targets, extract = [example.target for example in examples], ANSWER_EXTRACTORS[config.reward.answer_extractor]
-    named = reward_arguments(policy, prompts, completions, texts, examples, config, earlier)
-    rewards, correct = grade(texts, targets, config.reward, named)
-    truncated = [len(written) == len(completion) for written, completion in zip(without_end, completions, strict=True)]
-    answers, flexible = diagnose(texts, targets, truncated, extract)
-    own = [False] * len(texts)
-    return Attempt(prompts, completions, texts, answers, rewards, correct, flexible, truncated, own, log_probs, seconds)
-
-
-def without_eos(completion: list[int], policy: Policy) -> list[int]:
-    return completion[:-1] if completion[-1] in policy.eos_token_ids else completion
-
-
-def reward_arguments(
-    policy: Policy, prompts: list[list[int]], completions: list[list[int]], texts: list[str], examples: list[Example],
-    config: Config, earlier: Sequence[Attempt],
-) -> dict[str, list]:
-    """By name, a list over rows each: what TRL gives to its reward functions. {} where no reward is of that form."""
-    if not config.reward.unregistered or not examples:
-        return {}
-    columns = {name: [example.columns.get(name) for example in examples] for name in examples[0].columns}
-    if config.reward.completions == "text":
-        shown = policy.tokenizer.batch_decode(prompts, clean_up_tokenization_spaces=False)
-        return columns | {"prompts": shown, "completions": texts, "completion_ids": completions}
-    message = lambda role, content: [{"role": role, "content": content}] if content else []  # noqa: E731
-    opening = message("system", config.prompts.system) + example_turns(config.prompts)
-    chats = [opening + message("user", example.question) for example in examples]
-    for attempt in earlier:
-        chats = [chat + message("assistant", text) + message("user", config.prompts.self_correction)
-                 for chat, text in zip(chats, attempt.texts, strict=True)]
-    answers = [[{"role": "assistant", "content": text}] for text in texts]
-    return columns | {"prompts": chats, "completions": answers, "completion_ids": completions}
-
-
-def grade(texts: list[str], targets: list[str], reward: RewardConfig,
-          named: dict[str, list] | None = None) -> tuple[list[float], list[bool]]:
-    """Rewards: the weighted sum of reward.fn; correctness: by the extracted answers alone. `named`: `reward_arguments`.
-
-    Without any target (a question that somebody asks, more processes than rows) there is nothing to grade by."""
-    if not any(targets):
-        return [0.0] * len(texts), [False] * len(texts)
-    extract = ANSWER_EXTRACTORS[reward.answer_extractor]
-    parts = [score(name, texts, targets, extract) if name in REWARD_FNS
-             else score_by_name(name, find_reward(name, reward.module), texts, named or {}) for name in reward.names]
-    rewards = weighted_sum(parts, reward.weights)
-    return rewards, [is_correct(text, target, extract) for text, target in zip(texts, targets, strict=True)]
-
-
-def sample(
-    policy: Policy, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: str
-) -> tuple[list[list[int]], list[list[float]] | None]:
-    """Completions of `prompts` sampled from softmax(logits / temperature) over the whole vocabulary; 0 is greedy.
-
-    Returns token ids a row, EOS included when reached, and their log-probs where the decoder gives them."""
-    if not prompts:  # more processes than rows
-        return [], [] if policy.decoder else None
-    size = rows_that_fit(policy, max(map(len, prompts)) + max_new_tokens)
-    if size < len(prompts) and policy.decoder:  # parts, if it comes to them, are prefilled whole
-        policy.decoder.forget()
-        size = rows_that_fit(policy, max(map(len, prompts)) + max_new_tokens)
-    if size < len(prompts):
-        parts = [sample(policy, prompts[i : i + size], max_new_tokens, temperature, f"{seed}/{i}")
-                 for i in range(0, len(prompts), size)]
-        completions, log_probs = zip(*parts, strict=True)
-        return sum(completions, []), None if log_probs[0] is None else sum(log_probs, [])
-    seed_number = random.Random(seed).getrandbits(31)
-    if policy.engine or policy.decoder:
-        generate = policy.engine or policy.decoder.generate
-        return generate(prompts, max_new_tokens, temperature, seed_number)
-    torch.manual_seed(seed_number)
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), policy.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    sampled = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
-    with generating(policy):
-        output = policy.model.generate(
-            input_ids=ids.to(DEVICE), attention_mask=mask.to(DEVICE), max_new_tokens=max_new_tokens,
-            eos_token_id=policy.eos_token_ids or -1, pad_token_id=policy.pad_token_id,
-            **(sampled if temperature > 0 else dict(do_sample=False)),
-        )
-    return [until_eos(row, policy.eos_token_ids) for row in output[:, width:].tolist()], None
-
-
-def engine_samples(
-    model: Any, eos_token_ids: list[int], prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int
-) -> tuple[list[list[int]], list[list[float]]]:
-    """`sample` by Unsloth's vLLM engine, with the LoRA weights of this moment (none inside `reference`).
-
-    Token ids and log-probs are the engine's own: nothing is decoded and encoded again. No EOS: none ends a row. Each
-    row has a seed of its own, or rollouts of one prompt would be the same."""
-    from vllm import SamplingParams
-
-    live = not any(getattr(module, "disable_adapters", None) is True for module in model.modules())
-    folder = os.path.join(tempfile.gettempdir(), f"score-lora-{os.getpid()}")  # for the adapter's settings
-    how = [SamplingParams(
-        temperature=temperature, top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0, seed=(seed + row) % 2**31,
-        max_tokens=max_new_tokens, stop_token_ids=eos_token_ids, ignore_eos=not eos_token_ids, logprobs=0,
-        detokenize=False,
-    ) for row in range(len(prompts))]
-    answers = model.fast_generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts], sampling_params=how, use_tqdm=False,
-        lora_request=model.load_lora(folder, load_tensors=True) if live else None,
-    )
-    rows = [answer.outputs[0] for answer in answers]
-    log_probs = [[found[token].logprob for token, found in zip(row.token_ids, row.logprobs, strict=True)]
-                 for row in rows]
-    return [list(row.token_ids) for row in rows], log_probs
-
-
-def rows_that_fit(policy: Policy, slots: int) -> int:
-    """How many rows of `slots` tokens decode together: their K/V cache and logits may take half of the free memory."""
-    if DEVICE.type != "cuda" or policy.engine:  # which queues what does not fit
-        return 2**31
-    config = policy.model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    row = 4 * config.num_hidden_layers * kv_heads * head_dim * slots + 8 * config.vocab_size  # bf16 K, V; f32 logits
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return max(1, int(free / 2 / row))
-
-
-def until_eos(tokens: list[int], eos_token_ids: list[int]) -> list[int]:
-    """The tokens up to and with the first EOS."""
-    return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in eos_token_ids), len(tokens))]
-
-
-# -------------------------------------------------------------------------------------------------------- objective
-
-
-def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Logits in float32 from hidden [N, H] and the output embedding [V, H]: bf16 would round a logit of 20 by 0.06."""
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return (hidden @ weight.T).float()
-
-
-class LinearLogProb(torch.autograd.Function):
-    """log softmax(h W^T / T)[target] for N tokens, in chunks, never holding [N, V].
-
-    W is frozen, so the gradient with respect to h, (W[target] - softmax W) / T, is known in the forward pass: it is
-    kept ([N, H]) and backward is one multiplication. Two matrix products a token instead of the three of a
-    checkpointed head, no filtering of small probabilities, softmax in float32 on every device."""
-
-    CHUNK_BYTES = 2**28
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float):
-        log_probs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        direction = torch.empty_like(hidden) if hidden.requires_grad else None
-        rows = max(1, LinearLogProb.CHUNK_BYTES // (4 * weight.shape[0]))
-        for start in range(0, len(targets), rows):
-            chunk = slice(start, start + rows)
-            logits = head_logits(hidden[chunk], weight)  # [rows, V]
-            log_p = (logits / temperature if temperature != 1 else logits).log_softmax(1)
-            log_probs[chunk] = log_p.gather(1, targets[chunk, None])[:, 0]
-            if direction is not None:
-                # softmax - onehot in float32 first: where the target is nearly sure, bf16 would lose the difference
-                away = log_p.exp_().scatter_add_(1, targets[chunk, None], -torch.ones_like(log_p[:, :1]))
-                direction[chunk] = (away.to(weight.dtype) @ weight) / -temperature
-        ctx.save_for_backward(direction)
-        return log_probs
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor):
-        (direction,) = ctx.saved_tensors
-        return gradient[:, None].to(direction.dtype) * direction, None, None, None
-
-
-def completion_log_probs(
-    policy: Policy, prompts: list[list[int]], completions: list[list[int]], temperature: float,
-    conversations: list[list[int]] | None = None,
-) -> torch.Tensor:
-    """log pi(token | all before it) of every completion token under softmax(logits / temperature).
-
-    Returns float32 [N], the completions' tokens one after the other, N = sum of their lengths; the first token after
-    the prompt and a final EOS are among them, the prompt is not. Each completion is a row of its own behind its prompt;
-    or, with B `conversations`, it is read from row (number mod B), which begins with its prompt, so that all attempts
-    of a conversation share one forward pass. Targets are the sampled tokens, whatever the row goes on with: what ended
-    attempt 1 need not be what stands there in attempt 2's prompt.
-
-    Rows go in right-padded: causal attention never looks ahead, so no pad is seen and no mask is needed (Unsloth drops
-    masks in training mode: a left-padded row would be silently wrong)."""
-    rows = conversations or [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=policy.pad_token_id)
-    model = policy.model.get_base_model()
-    with autocast(policy):
-        backbone = getattr(model, model.base_model_prefix)
-        hidden = backbone(input_ids=ids.to(DEVICE), use_cache=False)[0]  # [B, L, H]
-    before = [number % len(rows) * ids.shape[1] + len(prompt) - 1 for number, prompt in enumerate(prompts)]
-    index = torch.cat([torch.arange(at, at + len(c)) for at, c in zip(before, completions, strict=True)])
-    targets = torch.tensor([token for completion in completions for token in completion], device=DEVICE)
-    weight = model.get_output_embeddings().weight
-    hidden = hidden.flatten(0, 1)[index.to(DEVICE)].to(weight.dtype)  # [N, H]
-    return LinearLogProb.apply(hidden, weight, targets, temperature)
-
-
-def check_log_prob_route(policy: Policy) -> None:
-    """Some architectures scale or cap their logits after the head; those would be trained on wrong log-probs. Refuse.
-
-    Compares the fused route with the model's own logits on one short row. Raises UserError."""
-    if type(policy.model.get_base_model().get_output_embeddings()) is not torch.nn.Linear:
-        raise UserError("model.lora.target_modules: the output head cannot be adapted; leave lm_head out")
-    row = [i % len(policy.tokenizer) for i in range(5, 17)]
-    with torch.no_grad(), reference(policy):  # the adapter's dropout would differ between the two
-        fused = completion_log_probs(policy, [row[:1]], [row[1:]], 1.0)
-        with autocast(policy):
-            logits = policy.model(input_ids=torch.tensor([row], device=DEVICE)).logits[0, :-1].float()
-        plain = logits.log_softmax(-1).gather(-1, torch.tensor(row[1:], device=DEVICE)[:, None])[:, 0]
-    if not torch.allclose(fused, plain, atol=1e-3 if DEVICE.type == "cpu" else 0.1):
-        raise UserError(f"model.name: {policy.model.config.model_type} changes its logits after the output head "
-                        "(scaling or soft cap), which this trainer does not do")
-
-
-K3_LINEAR_FROM = 10.0
-
-
-def k3(log_probs: torch.Tensor, reference_log_probs: torch.Tensor) -> torch.Tensor:
-    """Schulman's K3 estimate of KL(pi || pi_ref) a token, from samples of pi: exp(d) - d - 1, d = log pi_ref - log pi.
-
-    >= 0, and 0 where the policies agree. Past d = 10 (a token 22,000 times likelier under the reference) the
-    exponential goes on as its tangent: one such token would otherwise drown, or overflow, the whole step."""
-    d = reference_log_probs - log_probs
-    capped = d.clamp(max=K3_LINEAR_FROM)
-    # expm1: near 0, exp(d) - 1 would keep less of float32 than the estimate has; what rounding leaves below 0 is 0
-    return (capped.expm1() * (1 + (d - capped)) - capped).clamp(min=0)
-
-
-def stage_terms(stage: int, r1: torch.Tensor, r2: torch.Tensor, train: TrainConfig) -> list[tuple[torch.Tensor, float]]:
-    """What differs between the stages: for each attempt its return R [B] and its KL weight kappa.
-
-    Stage I: attempt 1 earns nothing and is held by beta2. Stage II: attempt 2 earns r2 + alpha (r2 - r1)."""
-    if stage == 1:
-        return [(torch.zeros_like(r1), train.beta2), (r2, train.beta1)]
-    return [(r1, train.beta1), (r2 + train.alpha * (r2 - r1), train.beta1)]
-
-
-def advantages(returns: torch.Tensor, train: TrainConfig, together: int | None = None) -> torch.Tensor:
-    """Returns [B] minus a baseline that does not depend on the row's own sample (`batch` nearly so), so that the
-    gradient keeps its direction and loses variance. `together` samples of one prompt (num_generations) stand one after
-    the other and are compared with each other; where there is only 1, the whole batch is."""
-    together = together or train.num_generations
-    if train.baseline == "none":
-        return returns
-    if train.baseline == "batch":
-        return returns - returns.mean()
-    groups = returns.view(-1, together) if together > 1 else returns.view(1, -1)
-    others = (groups.sum(1, keepdim=True) - groups) / (groups.shape[1] - 1)
-    return (groups - others).view(-1)
-
-
-def credits_of(attempts: list[Attempt], terms: list[tuple[torch.Tensor, float]], train: TrainConfig) -> torch.Tensor:
-    """The advantage of every attempt [attempts, B]; 0 where the reference made it.
-
-    With corrections m > 1 a correction is compared with the m - 1 others of the same first attempt, all else being
-    equal; a first attempt, which stands in m rows, is compared with other first attempts by its mean return."""
-    credit, m = torch.zeros(len(attempts), len(attempts[0].texts)), train.corrections
-    for number, (attempt, (returns, _)) in enumerate(zip(attempts, terms, strict=True)):
-        own = ~torch.tensor(attempt.by_reference)
-        if number and m > 1:
-            credit[number] = advantages(returns, train, m)
-        else:
-            means = returns[own].view(-1, m).mean(1)
-            credit[number, own] = advantages(means, train).repeat_interleave(m)
-    return credit
+# ------------------------------------------------------------------------------------------------ several processes
 
 
 def micro_batches(attempt: Attempt, max_tokens: int) -> list[list[int]]:
@@ -2166,104 +2517,6 @@ def micro_batches(attempt: Attempt, max_tokens: int) -> list[list[int]]:
     return batches
 
 
-def accumulate_gradients(policy: Policy, attempts: list[Attempt], terms: list[tuple[torch.Tensor, float]],
-                         train: TrainConfig) -> list[dict[str, float]]:
-    """Adds the gradient of
-
-        sum over attempts of  mean over rows of  [ -A * sum_t log pi_t  +  kappa * sum_t k3_t ] / N
-
-    to the parameters, a micro-batch of conversations at a time: attempt 2's row begins with attempt 1's, so one forward
-    pass of the policy, one of the reference and one backward pass serve both. `terms` holds each attempt's returns [B]
-    and kappa. A is the advantage, N the completion's own length (`sequence`) or the token budget (`constant`, Dr.
-    GRPO). Rows whose first attempt is the reference's train attempt 2 alone. With `importance_clip` C, A is weighted
-    a token by min(pi / sampler, C): truncated importance sampling, for a sampler whose probabilities are a little off.
-    Returns each attempt's share of the loss and its token statistics."""
-    budgets, last = (train.max_new_tokens_attempt1, train.max_new_tokens_attempt2), attempts[-1]
-    credits, counted = credits_of(attempts, terms, train).tolist(), [a.by_reference.count(False) for a in attempts]
-    sums = torch.zeros(len(attempts), 4, device=DEVICE)  # loss, KL, drift, tokens: read once, at the end
-    peaks = torch.zeros(len(attempts), device=DEVICE)
-    for rows in micro_batches(last, policy.micro_tokens):
-        prompts = [attempt.prompts[r] for attempt in attempts for r in rows]  # attempt by attempt
-        completions = [attempt.completions[r] for attempt in attempts for r in rows]
-        conversations = [last.prompts[r] + last.completions[r] for r in rows]
-        batch = (policy, prompts, completions, train.generation_temperature, conversations)
-        with torch.no_grad(), reference(policy):
-            reference_log_probs = completion_log_probs(*batch)
-        log_probs = completion_log_probs(*batch)  # [N]
-        lengths = torch.tensor([len(completion) for completion in completions])
-        norms = [count * (len(attempt.completions[r]) if train.length_norm == "sequence" else budget)
-                 for attempt, count, budget in zip(attempts, counted, budgets, strict=False) for r in rows]
-        own = torch.tensor([[not attempt.by_reference[r]] for attempt in attempts for r in rows])
-        weights = torch.tensor([[credit[r], kappa] for credit, (_, kappa) in zip(credits, terms, strict=True)
-                                for r in rows]) / torch.tensor(norms)[:, None] * own
-        columns = torch.cat([weights, own], 1).repeat_interleave(lengths, 0).to(DEVICE)
-        credit, kappa, own = columns.unbind(1)  # [N] each
-        drift = torch.zeros_like(log_probs)
-        if last.sampled_log_probs is not None:
-            sampled = torch.tensor([p for a in attempts for r in rows for p in a.sampled_log_probs[r]], device=DEVICE)
-            drift = (log_probs.detach() - sampled) * own
-            if train.importance_clip:
-                credit = credit * drift.exp().clamp(max=train.importance_clip)
-        kl = k3(log_probs, reference_log_probs) * own
-        loss = kappa * kl - credit * log_probs
-        loss.sum().backward()
-        counts = lengths.view(len(attempts), -1).sum(1).tolist()
-        parts = zip(*(values.detach().split(counts) for values in (loss, kl, drift, own)), strict=True)
-        for number, (loss, kl, drift, own) in enumerate(parts):
-            sums[number] += torch.stack([loss.sum(), kl.sum(), drift.abs().sum(), own.sum()])
-            peaks[number] = torch.maximum(peaks[number], kl.max())  # keeps a NaN
-    return [dict(loss=loss, kl_sum=kl, drift_sum=drift, kl_max=peak, tokens=tokens)
-            for (loss, kl, drift, tokens), peak in zip(sums.tolist(), peaks.tolist(), strict=True)]
-
-
-def improve(policy: Policy, optimizer: torch.optim.Optimizer, attempts: list[Attempt], stage: int,
-            config: Config) -> dict[str, Any]:
-    """One REINFORCE step on a rolled-out batch. Returns loss, KL and gradient statistics; "skipped" is True, and the
-    weights are untouched, if loss or gradient is not finite. On-policy, so there is no importance ratio but the one
-    that `importance_clip` asks for. Attempts past those that `stage_terms` has terms for are not trained.
-
-    An out-of-memory starts the update over with half the micro-batch: nothing of the step is lost."""
-    train = config.train
-    r1, r2 = (torch.tensor(attempt.rewards) for attempt in attempts)
-    terms = stage_terms(stage, r1, r2, train)
-    attempts = attempts[: len(terms)]
-    while True:
-        optimizer.zero_grad(set_to_none=True)
-        try:
-            stats = accumulate_gradients(policy, attempts, terms, train)
-            break
-        except torch.OutOfMemoryError:
-            last = attempts[-1]
-            longest = max(len(p) + len(c) for p, c in zip(last.prompts, last.completions, strict=True))
-            if policy.micro_tokens >= longest:
-                policy.micro_tokens //= 2
-            elif policy.recompute:
-                policy.for_training, policy.recompute = policy.recompute, None
-                policy.for_training()
-            else:
-                raise RunError(f"one row of {longest} tokens does not fit in this card's memory; lower "
-                               "train.max_new_tokens_attempt2, or set model.gradient_checkpointing or "
-                               "model.load_in_4bit") from None
-        torch.cuda.empty_cache()
-        say(f"Out of GPU memory: the update starts over with micro-batches of {policy.micro_tokens} tokens.")
-    if PROCESSES.num_processes > 1:
-        stats = sum_over_processes(policy, stats)
-    norm = torch.nn.utils.clip_grad_norm_(policy.trainable.values(), train.max_grad_norm).item()
-    loss = sum(s["loss"] for s in stats)
-    skipped = not (math.isfinite(loss) and math.isfinite(norm))
-    if not skipped:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    kl = [s["kl_sum"] / s["tokens"] for s in stats]
-    drift = max(s["drift_sum"] / s["tokens"] for s in stats)
-    return {
-        "loss": loss, "grad_norm": norm, "skipped": skipped,
-        "kl_attempt1": kl[0], "kl_attempt2": kl[1] if len(kl) > 1 else math.nan,
-        "kl_max": max(s["kl_max"] for s in stats),
-        "logprob_drift": drift if attempts[-1].sampled_log_probs is not None else None,
-    }
-
-
 def sum_over_processes(policy: Policy, stats: list[dict[str, float]]) -> list[dict[str, float]]:
     """Sums the gradients over the processes in one flat all-reduce, and each attempt's statistics (kl_max: the max)."""
     weights = list(policy.trainable.values())
@@ -2274,172 +2527,6 @@ def sum_over_processes(policy: Policy, stats: list[dict[str, float]]) -> list[di
     everyones = zip(*gather_object([stats]), strict=True)  # by attempt, then by process
     return [{key: float(np.max([s[key] for s in parts])) if key == "kl_max" else sum(s[key] for s in parts)
              for key in parts[0]} for parts in everyones]
-
-
-# ------------------------------------------------------------------------------------------------------- evaluation
-
-
-def evaluate(policy: Policy, examples: list[Example], config: Config, checkpoint: str) -> tuple[dict, list[dict]]:
-    """The paper's metrics on `examples`, greedily unless eval.generation_temperature says otherwise.
-
-    Returns the eval event and one sample row an example. "acc" is the share of correct answers, not a mean reward.
-    With eval.attempts above 2 also the accuracy of the later attempts, with eval.samples above 1 also that of majority
-    votes."""
-    size, temperature = config.eval.batch_size, config.eval.generation_temperature
-    start, batches = time.perf_counter(), []
-    for i in progress(range(0, len(examples), size), f"evaluate {checkpoint}"):
-        stop_if_asked()
-        batches.append(roll_out(policy, examples[i : i + size], config, temperature, f"{config.train.seed}/eval/{i}",
-                                config.eval.attempts))
-    attempts = [joined(parts) for parts in zip(*batches, strict=True)]
-    first, second, n = attempts[0], attempts[1], len(examples)
-    pairs = list(zip(first.correct, second.correct, strict=True))
-    event = {"event": "eval", "checkpoint": checkpoint, "n": n} | attempt_means(attempts) | {
-        "edit_distance_ratio": sum(map(edit_distance_ratio, first.completions, second.completions)) / n,
-    } | intervals(np.array(pairs, dtype=float))
-    if config.eval.samples > 1:
-        event |= vote(policy, examples, config)
-    event["seconds"] = time.perf_counter() - start
-    return event, sample_rows(examples, attempts, {"event": "eval", "checkpoint": checkpoint})
-
-
-def attempt_means(attempts: list[Attempt]) -> dict[str, float]:
-    """Mean reward, accuracy (strict and flexible), truncation and length of each attempt over its rows; shares of
-    rows unanswered; and `correction_split` of the first two attempts."""
-    means = {f"{name}_attempt{number}": sum(values) / len(values) for number, a in enumerate(attempts, 1)
-             for name, values in (("reward", a.rewards), ("acc", a.correct), ("flexible_acc", a.flexible),
-                                  ("unanswered", [kind == "unanswered" for kind in outcomes(a.correct, a.answers)]),
-                                  ("truncated", a.truncated), ("completion_tokens", [*map(len, a.completions)]))}
-    first, second = attempts[:2]
-    return means | correction_split(first.correct, first.answers, second.correct, second.answers)
-
-
-def intervals(correct: np.ndarray) -> dict[str, list[float]]:
-    """95% bootstrap intervals over rows of Acc@t1, Acc@t2 and delta from correct [n, 2]; the pairs stay together."""
-    rows = np.random.default_rng(0).integers(len(correct), size=(1000, len(correct)))
-    means = correct[rows].mean(1)  # [1000, 2]
-    found = {"acc_attempt1": means[:, 0], "acc_attempt2": means[:, 1], "delta": means[:, 1] - means[:, 0]}
-    return {f"{key}_interval": np.quantile(values, (0.025, 0.975)).round(4).tolist() for key, values in found.items()}
-
-
-def vote(policy: Policy, examples: list[Example], config: Config) -> dict[str, float]:
-    """Majority votes at equal budgets: 2k first attempts in parallel, against k first attempts each corrected once,
-    whose second attempts vote (the paper's inference-scaling comparison). Sampled at the training temperature.
-
-    Returns vote_parallel_{2k} and vote_sequential_{2k}, accuracies, for k = 1, 2, 4, ..., eval.samples."""
-    most, temperature = config.eval.samples, config.train.generation_temperature
-    sizes = sorted({1 << i for i in range(most.bit_length())} | {most})
-    right = {(way, 2 * k): 0 for k in sizes for way in ("parallel", "sequential")}
-    extract, each = ANSWER_EXTRACTORS[config.reward.answer_extractor], max(1, config.eval.batch_size // most)
-    for i in progress(range(0, len(examples), each), "vote"):
-        stop_if_asked()
-        rows, seed = [e for e in examples[i : i + each] for _ in range(most)], f"{config.train.seed}/vote/{i}"
-        first, second = roll_out(policy, rows, config, temperature, seed)
-        (more,) = roll_out(policy, rows, config, temperature, f"{seed}/more", attempts=1)
-        for row in range(0, len(rows), most):
-            for k in sizes:
-                votes = {"parallel": [(a, r) for a in (first, more) for r in range(row, row + k)],
-                         "sequential": [(second, r) for r in range(row, row + k)]}
-                for way, cast in votes.items():
-                    attempt, winner = cast[majority([a.texts[r] for a, r in cast], extract)]
-                    right[way, 2 * k] += attempt.correct[winner]
-    return {f"vote_{way}_{budget}": count / len(examples) for (way, budget), count in right.items()}
-
-
-def picked(attempt: Attempt, rows: Sequence[int]) -> Attempt:
-    """Some rows of an attempt, or one row several times."""
-    columns = ((f.name, getattr(attempt, f.name)) for f in fields(Attempt))
-    return Attempt(**{name: [c[row] for row in rows] if isinstance(c, list) else c for name, c in columns})
-
-
-def joined(batches: Sequence[Attempt], at_once: bool = False) -> Attempt:
-    """The rows of several batches of one attempt, in order, sampled one after the other or by processes at once."""
-    columns = {f.name: [getattr(batch, f.name) for batch in batches] for f in fields(Attempt)}
-    seconds, log_probs = (max if at_once else sum)(columns.pop("seconds")), columns.pop("sampled_log_probs")
-    rows = {name: [row for part in parts for row in part] for name, parts in columns.items()}
-    return Attempt(**rows, sampled_log_probs=None if None in log_probs else sum(log_probs, []), seconds=seconds)
-
-
-def edit_distance_ratio(a: list[int], b: list[int]) -> float:
-    """Levenshtein distance of two token sequences over the longer length: 0 is a copy, 1 shares nothing."""
-    if a == b:
-        return 0.0
-    b_tokens, offsets = np.array(b), np.arange(len(b) + 1)
-    row = offsets.copy()
-    for i, token in enumerate(a, 1):
-        step = np.minimum(row[1:] + 1, row[:-1] + (b_tokens != token))  # deletion, substitution
-        row = np.minimum.accumulate(np.concatenate(([i], step)) - offsets) + offsets  # insertions, all at once
-    return float(row[-1] / max(len(a), len(b)))
-
-
-def sample_rows(examples: list[Example], attempts: list[Attempt], where: dict, most: int | None = None) -> list[dict]:
-    """Rows of samples.jsonl: the question, the target and both attempts with their rewards."""
-    return [
-        where | {"question": example.question, "target": example.target} | {
-            f"{key}_attempt{number}": values[row]
-            for number, attempt in enumerate(attempts, 1)
-            for key, values in (("text", attempt.texts), ("answer", attempt.answers), ("reward", attempt.rewards),
-                                ("correct", attempt.correct), ("truncated", attempt.truncated),
-                                ("tokens", [*map(len, attempt.completions)]))
-        }
-        for row, example in enumerate(examples[:most])
-    ]
-
-
-def results_table(evals: list[dict[str, Any]]) -> str:
-    """The evaluations as markdown: the paper's metrics, what the corrections are, and votes where there were any."""
-    columns = {"checkpoint": "checkpoint", "Acc@t1": "acc_attempt1", "Acc@t2": "acc_attempt2"}
-    columns |= {f"Acc@t{key[11:]}": key for e in evals for key in e if re.fullmatch(r"acc_attempt\d+", key)}
-    columns |= {"delta": "delta", "95%": "delta_interval", "i->c": "delta_i_to_c", "c->i": "delta_c_to_i",
-                "reward 1": "reward_attempt1", "reward 2": "reward_attempt2", "edit distance": "edit_distance_ratio",
-                "n": "n"}
-    kind = lambda e: " (eval only)" * ("eval_only" in e) or " (given adapter)" * ("adapter" in e)  # noqa: E731
-    rows = [e | {"checkpoint": e["checkpoint"] + kind(e)} for e in evals]
-    table = markdown([list(columns), *([row.get(key) for key in columns.values()] for row in rows)])
-    split = {"checkpoint": "checkpoint"} | {
-        f"{title} {number}": f"{name}_attempt{number}" for title, name in (
-            ("flexible", "flexible_acc"), ("unanswered", "unanswered"), ("cut off", "truncated")) for number in (1, 2)
-    } | {"unanswered->c": "unanswered_to_correct", "wrong->c": "wrong_to_correct", "c->unanswered":
-         "correct_to_unanswered", "c->wrong": "correct_to_wrong", "wrong 1": "wrong_answered", "mended": "wrong_mended",
-         "repeated": "wrong_repeated"}
-    if any("wrong_answered" in e for e in evals):  # not in runs of older versions
-        table += "\n\nCorrections, shares of the rows (mended and repeated: of the wrong first attempts):\n\n"
-        table += markdown([list(split), *([row.get(key) for key in split.values()] for row in rows)])
-    votes = [[e["checkpoint"], int(key[14:]), e[key], e[key.replace("parallel", "sequential")]]
-             for e in evals for key in e if key.startswith("vote_parallel_")]
-    if not votes:
-        return table
-    header = ["checkpoint", "attempts", "vote of that many first attempts", "of half as many, each corrected once"]
-    return f"{table}\n\n{markdown([header, *votes])}"
-
-
-def markdown(rows: list[list[Any]]) -> str:
-    """A table whose first row is the header."""
-    show = lambda v: ("" if v is None else f"{v:.3f}" if isinstance(v, float)  # noqa: E731
-                      else f"{v[0]:+.3f} to {v[1]:+.3f}" if isinstance(v, list) else str(v))
-    cells = [[show(value) for value in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
-
-
-# ------------------------------------------------------------------------------------------------------- run folder
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; everything that is finished has been saved."""
-
-
-SIGNALS_SEEN: list[float] = []  # their times
-
-
-def note_signal(number: int, _frame: Any) -> None:
-    """First Ctrl-C or SIGTERM: stop after the step in hand. Second: at once."""
-    SIGNALS_SEEN.append(time.monotonic())
-    if len(SIGNALS_SEEN) == 1 and MAIN:
-        os.write(1, b"Stopping at the next safe point; once more to stop at once.\n")  # print may be in use
-    elif PROCESSES.num_processes == 1 or SIGNALS_SEEN[-1] - SIGNALS_SEEN[0] > 2:  # launchers pass a Ctrl-C on
-        os._exit(130)
 
 
 @contextmanager
@@ -2473,70 +2560,7 @@ def watching_peers() -> Iterator[None]:
         left.set()
 
 
-def asked_to_stop() -> bool:
-    """Has any process had a signal? All of them ask together."""
-    return any(gather_object([bool(SIGNALS_SEEN)]))
-
-
-def stop_if_asked() -> None:
-    if asked_to_stop():
-        raise Interrupted
-
-
-def progress(items: Any, title: str, **kwargs: Any) -> tqdm:
-    """A progress bar on a terminal; nothing in a log file, where the summary lines say enough."""
-    hidden = QUIET or not MAIN or not sys.stderr.isatty()
-    return tqdm(items, desc=title, leave=False, disable=hidden, dynamic_ncols=True, **kwargs)
-
-
-@contextmanager
-def writing(place: Path) -> Iterator[None]:
-    """Names what could not be written, which a full disk's error does not. Raises RunError."""
-    try:
-        yield
-    except Exception as error:  # safetensors and tokenizers have classes of their own for the system's errors
-        if not isinstance(error, OSError) and "os error" not in str(error):
-            raise
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise RunError(f"{place}: cannot be written: {reason}; mend that and go on with --resume") from None
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """The file holds the old text or the new, never half of one. Raises RunError."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    with writing(file), temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-        os.replace(temporary, file)
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The complete lines of a jsonl file; one that a kill cut short is left out."""
-    events = []
-    # A cut can fall inside a character; JSON leaves U+2028 as it is, which splitlines takes for the end of a line.
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []:
-        with suppress(ValueError):
-            events.append(json.loads(line))
-    return [event for event in events if isinstance(event, dict)]
-
-
-def append_lines(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Adds rows to a jsonl file, after ending a line that a kill left half written. Raises RunError."""
-    cut = False
-    if file.exists() and file.stat().st_size:
-        with file.open("rb") as stream:
-            stream.seek(-1, os.SEEK_END)
-            cut = stream.read() != b"\n"
-    with writing(file), file.open("a", encoding="utf-8") as stream:
-        stream.writelines(["\n"] * cut + [to_json(row) for row in rows])
-
-
-def to_json(row: dict[str, Any]) -> str:
-    """One line of JSON; a number that is not finite, which JSON lacks, becomes null."""
-    finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-    return json.dumps(finite, ensure_ascii=False) + "\n"
-
+# ------------------------------------------------------------------------------------------------------- run folder
 
 RENEW_SECONDS = 300.0  # between two renewals of what one looks at while a run goes on
 
@@ -2593,20 +2617,6 @@ class Run:
                 write_atomically(stage / "README.md", model_card(self.config, evals, stage))
         draw_curves(self.folder)
         self.renewed = time.time()
-
-
-def where_to_look(config: Config) -> str:
-    """The files of a run that show how it went."""
-    folder = Path(config.output.dir) / config.run_name
-    return ", ".join(str(folder / name) for name in ("results.md", "curves.png") if (folder / name).exists())
-
-
-def git_commit() -> str | None:
-    here = Path(__file__).resolve().parent
-    with suppress(OSError):  # no git here
-        done = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        return done.stdout.strip() or None
-    return None
 
 
 def open_run(args: argparse.Namespace, config: Config) -> tuple[Run, Path | None]:
@@ -2678,16 +2688,10 @@ def enter_run(args: argparse.Namespace, run: Run, checkpoint: Path | None) -> No
         run.write_results()  # a kill may have come between the line of an evaluation and its results
 
 
-def evaluates_as(file: Path, config: Config) -> bool:
-    """Does the config of an earlier run, if there is one, evaluate on the same rows, prompts and budgets?"""
-    def measure(tree: dict[str, Any]) -> list[Any]:
-        budgets = {key: value for key, value in tree["train"].items() if key.startswith("max_")}
-        return [*(tree[section] for section in ("model", "dataset", "prompts", "reward", "eval")), budgets]
-
-    try:
-        return not file.exists() or measure(yaml.safe_load(file.read_text())) == measure(config.model_dump())
-    except Exception:  # whatever stands there
-        return False
+# A resumed run may change these: they move time, memory and files, not the mathematics.
+HARMLESS_KEYS = ("wandb_project", "eval.", "output.", "model.decoder", "model.fast_inference",
+                 "model.gradient_checkpointing", "train.micro_batch_size", "train.checkpoint_every",
+                 "train.max_skipped_steps")
 
 
 def check_same_config(file: Path, config: Config) -> None:
@@ -2705,6 +2709,18 @@ def check_same_config(file: Path, config: Config) -> None:
     if changed:
         raise UserError(f"--resume: {file} was made with another config ({'; '.join(changed)}); put these back, or "
                         "start a new run with --set run_name=NAME")
+
+
+def evaluates_as(file: Path, config: Config) -> bool:
+    """Does the config of an earlier run, if there is one, evaluate on the same rows, prompts and budgets?"""
+    def measure(tree: dict[str, Any]) -> list[Any]:
+        budgets = {key: value for key, value in tree["train"].items() if key.startswith("max_")}
+        return [*(tree[section] for section in ("model", "dataset", "prompts", "reward", "eval")), budgets]
+
+    try:
+        return not file.exists() or measure(yaml.safe_load(file.read_text())) == measure(config.model_dump())
+    except Exception:  # whatever stands there
+        return False
 
 
 def rewind(folder: Path, stage: int, step: int) -> None:
@@ -2725,130 +2741,67 @@ def rewind(folder: Path, stage: int, step: int) -> None:
         write_atomically(file, "".join(map(to_json, kept)))
 
 
-@on_main
-def draw_curves(folder: Path) -> None:
-    """curves.png: rewards, accuracy, KL, lengths and corrections by step (faint: each step), stages marked."""
-    import matplotlib
+def where_to_look(config: Config) -> str:
+    """The files of a run that show how it went."""
+    folder = Path(config.output.dir) / config.run_name
+    return ", ".join(str(folder / name) for name in ("results.md", "curves.png") if (folder / name).exists())
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    events = read_lines(folder / "metrics.jsonl")
-    steps = [e for e in events if e["event"] == "train"]
-    evals = [e for e in events if e["event"] == "eval" and "eval_only" not in e]
-    x = [e["global_step"] for e in steps]
-    window = np.ones(max(1, len(x) // 20))
-    panels = {"reward": "mean reward of rollouts", "acc": "accuracy (dots: held out, 95% interval)",
-              "reward_gap": "reward gap (attempt 2 - attempt 1)", "corrections": "corrected rows (dots: held out)",
-              "kl": "KL to the reference, per token (K3)", "completion_tokens": "completion tokens",
-              "truncated": "cut off by the budget (dashed: unanswered)",
-              "wrong first attempts": "of the answered wrong first attempts"}
-    blue, orange, green, red = (f"tab:{color}" for color in ("blue", "orange", "green", "red"))
-    curves = {"reward_gap": [("reward_gap", green, None)],
-              "corrections": [("wrong_to_correct", green, "wrong -> correct"),
-                              ("unanswered_to_correct", red, "unanswered -> correct")],
-              "wrong first attempts": [("wrong_mended", green, "mended"), ("wrong_repeated", red, "repeated")]}
-    for name in panels.keys() - curves.keys():
-        curves[name] = [(f"{name}_attempt{n}", color, f"attempt {n}") for n, color in ((1, blue), (2, orange))]
-    curves["truncated"] += [("unanswered_attempt1", blue, None), ("unanswered_attempt2", orange, None)]
-    figure, axes = plt.subplots(2, 4, figsize=(17, 6.5), layout="constrained")
-    for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
-        for key, color, label in curves[name]:
-            values = np.array([e.get(key) for e in steps], dtype=float)  # NaN: not there, as in older runs
-            known = np.isfinite(values)
-            if known.any():
-                counts = np.convolve(known, window)[: len(x)]
-                smooth = np.convolve(np.nan_to_num(values), window)[: len(x)] / np.maximum(counts, 1)
-                axis.plot(x, values, color=color, alpha=0.25, linewidth=0.8)
-                axis.plot(x, smooth, "--" if key.startswith("unanswered_attempt") else "-", color=color, label=label)
-            if name in ("acc", "corrections"):
-                held_out = np.array([e.get(key) for e in evals], dtype=float)
-                bounds = [e.get(f"{key}_interval") or [e.get(key)] * 2 for e in evals]  # accuracies have some
-                low, high = np.array(bounds, dtype=float).reshape(-1, 2).T
-                axis.errorbar([e["global_step"] for e in evals], held_out, (held_out - low, high - held_out), fmt="o",
-                              color=color, mec="black", ecolor="black", elinewidth=0.8, capsize=3)
-        boundary = max((e["global_step"] for e in steps if e["stage"] == 1), default=None)
-        if boundary and boundary < x[-1]:
-            axis.axvline(boundary + 0.5, color="gray", linestyle="--", linewidth=1)
-            for text, side in (("Stage I ", "right"), (" Stage II", "left")):
-                axis.text(boundary + 0.5, 0.99, text, transform=axis.get_xaxis_transform(), ha=side, va="top", size=8)
-        if name == "kl" and steps:  # K3 has a heavy tail: one token can be worth a hundred steps
-            each = np.array([[e["kl_attempt1"], e["kl_attempt2"]] for e in steps], dtype=float)
-            usual = 4 * np.nanquantile(each, 0.95) if np.isfinite(each).any() else 0
-            if 0 < usual < np.nanmax(each):
-                axis.set_ylim(-0.02 * usual, usual)
-                title += ", peaks cut off"
-        axis.axhline(0, color="black", linewidth=0.5)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("optimizer step")
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(fontsize=7)
-    with writing(folder / "curves.png"):
-        figure.savefig(folder / ".curves.png.tmp", dpi=110, format="png")
-        os.replace(folder / ".curves.png.tmp", folder / "curves.png")
-    plt.close(figure)
+def git_commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    with suppress(OSError):  # no git here
+        done = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        return done.stdout.strip() or None
+    return None
 
 
 @contextmanager
-def at_the_loggers_risk(run: Run) -> Iterator[None]:
-    """A logger must not stop a run: whatever W&B raises is said in a line, and W&B is off from there on."""
+def writing(place: Path) -> Iterator[None]:
+    """Names what could not be written, which a full disk's error does not. Raises RunError."""
     try:
         yield
-    except Exception as error:
-        say(f"W&B is off from here on: {first_line(error)}")
-        run.wandb = None
+    except Exception as error:  # safetensors and tokenizers have classes of their own for the system's errors
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise RunError(f"{place}: cannot be written: {reason}; mend that and go on with --resume") from None
 
 
-@on_main
-def start_wandb(run: Run, run_id: str | None) -> None:
-    """Starts W&B: online with a login and a network, else offline; never prompts, never waits, never stops a run."""
-    project = run.config.wandb_project
-    if not project or os.environ.get("WANDB_MODE") == "disabled":
-        return
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb_reachable() else "offline")
-    with at_the_loggers_risk(run):
-        import wandb
-
-        run.wandb = wandb.init(
-            project=project, name=run.config.run_name, config=run.config.model_dump(), dir=str(run.folder), mode=mode,
-            id=run_id, resume="allow" if run_id else None,
-            settings=wandb.Settings(silent=True, console="off", init_timeout=20, x_disable_stats=True),
-        )
-        run.wandb.define_metric("*", step_metric="global_step")
-    if mode == "offline" and run.wandb:
-        say(f"W&B is offline; later: wandb sync {run.folder / 'wandb'}/offline-run-*")
+def write_atomically(file: Path, text: str) -> None:
+    """The file holds the old text or the new, never half of one. Raises RunError."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    with writing(file), temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+        os.replace(temporary, file)
 
 
-def log_to_wandb(run: Run, event: dict[str, Any], samples: list[dict[str, Any]]) -> None:
-    """Numbers under stage1/, stage2/ or eval/ on one global step; with an evaluation also tables of rollouts,
-    curves.png, and the results as the run's summary."""
-    import wandb
-
-    numbers = {key: value for key, value in event.items() if isinstance(value, (int, float))}
-    prefix = "eval" if event["event"] == "eval" else f"stage{event['stage']}"
-    values: dict[str, Any] = {f"{prefix}/{key}": value for key, value in numbers.items()}
-    if event["event"] == "train":
-        run.rollouts = (run.rollouts + samples)[-100:]
-    else:
-        for name, rows in (("eval/samples", samples[:100]), ("train/rollouts", run.rollouts)):
-            if rows:
-                values[name] = wandb.Table(columns=list(rows[0]), data=[[row.get(k) for k in rows[0]] for row in rows])
-        values["curves"] = wandb.Image(str(run.folder / "curves.png"))
-        run.wandb.summary.update({f"{event['checkpoint']}/{key}": value for key, value in numbers.items()})
-        run.rollouts = []
-    run.wandb.log(values | {"global_step": event["global_step"]})
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The complete lines of a jsonl file; one that a kill cut short is left out."""
+    events = []
+    # A cut can fall inside a character; JSON leaves U+2028 as it is, which splitlines takes for the end of a line.
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []:
+        with suppress(ValueError):
+            events.append(json.loads(line))
+    return [event for event in events if isinstance(event, dict)]
 
 
-def wandb_reachable() -> bool:
-    """A login (WANDB_API_KEY or ~/.netrc), and a server that answers within 3 seconds."""
-    url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    try:
-        login = os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators(url.hostname)
-        if login:
-            socket.create_connection((url.hostname, url.port or 443), timeout=3).close()
-        return bool(login)
-    except (OSError, netrc.NetrcParseError):
-        return False
+def append_lines(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Adds rows to a jsonl file, after ending a line that a kill left half written. Raises RunError."""
+    cut = False
+    if file.exists() and file.stat().st_size:
+        with file.open("rb") as stream:
+            stream.seek(-1, os.SEEK_END)
+            cut = stream.read() != b"\n"
+    with writing(file), file.open("a", encoding="utf-8") as stream:
+        stream.writelines(["\n"] * cut + [to_json(row) for row in rows])
+
+
+def to_json(row: dict[str, Any]) -> str:
+    """One line of JSON; a number that is not finite, which JSON lacks, becomes null."""
+    finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+    return json.dumps(finite, ensure_ascii=False) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -2919,6 +2872,230 @@ def prune_checkpoints(folder: Path, keep: int | None) -> None:
         shutil.rmtree(old)
 
 
+@on_main
+def save_merged(policy: Policy, folder: Path) -> None:
+    """The base model with the adapter added to its weights, in bf16, for whoever does without PEFT. Raises RunError.
+
+    4-bit base weights are expanded first and stay so: nothing is rounded to 4 bits a second time."""
+    base, weights = policy.model.get_base_model(), {}
+    for name, module in base.named_modules():
+        layer = getattr(module, "base_layer", module)  # of a module that LoRA wraps
+        if "lora_" in name or "base_layer" in name:
+            continue
+        for key, weight in layer.named_parameters(recurse=False):
+            weight = dequantize_module_weight(layer) if key == "weight" else weight
+            if key == "weight" and layer is not module:
+                weight = weight.float() + module.get_delta_weight("default").float()
+            weights[f"{name}.{key}"] = weight.detach().to("cpu", torch.bfloat16)
+    config = copy.deepcopy(base.config)
+    config.dtype = torch.bfloat16
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        merged = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    merged.load_state_dict(weights, assign=True)
+    merged.tie_weights()
+    merged.generation_config = base.generation_config  # every token that ends an answer
+    with writing(folder):
+        merged.save_pretrained(folder)
+        policy.tokenizer.save_pretrained(folder)
+
+
+@on_main
+def push_to_hub(folder: Path, name: str) -> None:
+    """Uploads the adapter at the end of a stage with its card and tokenizer. Raises RunError."""
+    own = ["step_*", "state.json", ".*"]  # of no use to others
+    try:
+        huggingface_hub.create_repo(name, exist_ok=True)
+        huggingface_hub.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=own)
+    except Exception as error:  # no token, no network, no right to write: each its own class
+        by_hand = f"hf upload {name} {folder} --exclude 'step_*' --exclude state.json"
+        raise RunError(f"output.push_to_hub: {name} was not pushed: {first_line(error)}; the run is complete, push it "
+                       f"with --resume, or: {by_hand}") from None
+    say(f"Pushed {folder} to {name}")
+
+
+# ---------------------------------------------------------------------------------------------------------- reports
+
+
+def progress(items: Any, title: str, **kwargs: Any) -> tqdm:
+    """A progress bar on a terminal; nothing in a log file, where the summary lines say enough."""
+    hidden = QUIET or not MAIN or not sys.stderr.isatty()
+    return tqdm(items, desc=title, leave=False, disable=hidden, dynamic_ncols=True, **kwargs)
+
+
+def sample_rows(examples: list[Example], attempts: list[Attempt], where: dict, most: int | None = None) -> list[dict]:
+    """Rows of samples.jsonl: the question, the target and both attempts with their rewards."""
+    return [
+        where | {"question": example.question, "target": example.target} | {
+            f"{key}_attempt{number}": values[row]
+            for number, attempt in enumerate(attempts, 1)
+            for key, values in (("text", attempt.texts), ("answer", attempt.answers), ("reward", attempt.rewards),
+                                ("correct", attempt.correct), ("truncated", attempt.truncated),
+                                ("tokens", [*map(len, attempt.completions)]))
+        }
+        for row, example in enumerate(examples[:most])
+    ]
+
+
+def intervals(correct: np.ndarray) -> dict[str, list[float]]:
+    """95% bootstrap intervals over rows of Acc@t1, Acc@t2 and delta from correct [n, 2]; the pairs stay together."""
+    rows = np.random.default_rng(0).integers(len(correct), size=(1000, len(correct)))
+    means = correct[rows].mean(1)  # [1000, 2]
+    found = {"acc_attempt1": means[:, 0], "acc_attempt2": means[:, 1], "delta": means[:, 1] - means[:, 0]}
+    return {f"{key}_interval": np.quantile(values, (0.025, 0.975)).round(4).tolist() for key, values in found.items()}
+
+
+def vote(policy: Policy, examples: list[Example], config: Config) -> dict[str, float]:
+    """Majority votes at equal budgets: 2k first attempts in parallel, against k first attempts each corrected once,
+    whose second attempts vote (the paper's inference-scaling comparison). Sampled at the training temperature.
+
+    Returns vote_parallel_{2k} and vote_sequential_{2k}, accuracies, for k = 1, 2, 4, ..., eval.samples."""
+    most, temperature = config.eval.samples, config.train.generation_temperature
+    sizes = sorted({1 << i for i in range(most.bit_length())} | {most})
+    right = {(way, 2 * k): 0 for k in sizes for way in ("parallel", "sequential")}
+    extract, each = ANSWER_EXTRACTORS[config.reward.answer_extractor], max(1, config.eval.batch_size // most)
+    for i in progress(range(0, len(examples), each), "vote"):
+        stop_if_asked()
+        rows, seed = [e for e in examples[i : i + each] for _ in range(most)], f"{config.train.seed}/vote/{i}"
+        first, second = roll_out(policy, rows, config, temperature, seed)
+        (more,) = roll_out(policy, rows, config, temperature, f"{seed}/more", attempts=1)
+        for row in range(0, len(rows), most):
+            for k in sizes:
+                votes = {"parallel": [(a, r) for a in (first, more) for r in range(row, row + k)],
+                         "sequential": [(second, r) for r in range(row, row + k)]}
+                for way, cast in votes.items():
+                    attempt, winner = cast[majority([a.texts[r] for a, r in cast], extract)]
+                    right[way, 2 * k] += attempt.correct[winner]
+    return {f"vote_{way}_{budget}": count / len(examples) for (way, budget), count in right.items()}
+
+
+def edit_distance_ratio(a: list[int], b: list[int]) -> float:
+    """Levenshtein distance of two token sequences over the longer length: 0 is a copy, 1 shares nothing."""
+    if a == b:
+        return 0.0
+    b_tokens, offsets = np.array(b), np.arange(len(b) + 1)
+    row = offsets.copy()
+    for i, token in enumerate(a, 1):
+        step = np.minimum(row[1:] + 1, row[:-1] + (b_tokens != token))  # deletion, substitution
+        row = np.minimum.accumulate(np.concatenate(([i], step)) - offsets) + offsets  # insertions, all at once
+    return float(row[-1] / max(len(a), len(b)))
+
+
+@on_main
+def warn_of_budgets(run: Run, stage: int, rows: int) -> None:
+    """Says in one line which budgets cut off more than 5% of the stage's attempts so far, `rows` a step."""
+    steps = [e for e in read_lines(run.folder / "metrics.jsonl") if e["event"] == "train" and e["stage"] == stage]
+    cut = {n: sum(e[f"truncated_attempt{n}"] for e in steps) / len(steps) for n in (1, 2)}
+    budgets = [f"train.max_new_tokens_attempt{n} = {getattr(run.config.train, f'max_new_tokens_attempt{n}')} cut off "
+               f"{share:.0%} of the first {rows * len(steps)} {('first', 'second')[n - 1]} attempts"
+               for n, share in cut.items() if share > 0.05]
+    if budgets:
+        config = shlex.quote(str(run.folder / "config.yaml"))
+        say(f"Warning: {' and '.join(budgets)}; python profile_run.py --config {config} recommends budgets.")
+
+
+def results_table(evals: list[dict[str, Any]]) -> str:
+    """The evaluations as markdown: the paper's metrics, what the corrections are, and votes where there were any."""
+    columns = {"checkpoint": "checkpoint", "Acc@t1": "acc_attempt1", "Acc@t2": "acc_attempt2"}
+    columns |= {f"Acc@t{key[11:]}": key for e in evals for key in e if re.fullmatch(r"acc_attempt\d+", key)}
+    columns |= {"delta": "delta", "95%": "delta_interval", "i->c": "delta_i_to_c", "c->i": "delta_c_to_i",
+                "reward 1": "reward_attempt1", "reward 2": "reward_attempt2", "edit distance": "edit_distance_ratio",
+                "n": "n"}
+    kind = lambda e: " (eval only)" * ("eval_only" in e) or " (given adapter)" * ("adapter" in e)  # noqa: E731
+    rows = [e | {"checkpoint": e["checkpoint"] + kind(e)} for e in evals]
+    table = markdown([list(columns), *([row.get(key) for key in columns.values()] for row in rows)])
+    split = {"checkpoint": "checkpoint"} | {
+        f"{title} {number}": f"{name}_attempt{number}" for title, name in (
+            ("flexible", "flexible_acc"), ("unanswered", "unanswered"), ("cut off", "truncated")) for number in (1, 2)
+    } | {"unanswered->c": "unanswered_to_correct", "wrong->c": "wrong_to_correct", "c->unanswered":
+         "correct_to_unanswered", "c->wrong": "correct_to_wrong", "wrong 1": "wrong_answered", "mended": "wrong_mended",
+         "repeated": "wrong_repeated"}
+    if any("wrong_answered" in e for e in evals):  # not in runs of older versions
+        table += "\n\nCorrections, shares of the rows (mended and repeated: of the wrong first attempts):\n\n"
+        table += markdown([list(split), *([row.get(key) for key in split.values()] for row in rows)])
+    votes = [[e["checkpoint"], int(key[14:]), e[key], e[key.replace("parallel", "sequential")]]
+             for e in evals for key in e if key.startswith("vote_parallel_")]
+    if not votes:
+        return table
+    header = ["checkpoint", "attempts", "vote of that many first attempts", "of half as many, each corrected once"]
+    return f"{table}\n\n{markdown([header, *votes])}"
+
+
+def markdown(rows: list[list[Any]]) -> str:
+    """A table whose first row is the header."""
+    show = lambda v: ("" if v is None else f"{v:.3f}" if isinstance(v, float)  # noqa: E731
+                      else f"{v[0]:+.3f} to {v[1]:+.3f}" if isinstance(v, list) else str(v))
+    cells = [[show(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+@on_main
+def draw_curves(folder: Path) -> None:
+    """curves.png: rewards, accuracy, KL, lengths and corrections by step (faint: each step), stages marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    events = read_lines(folder / "metrics.jsonl")
+    steps = [e for e in events if e["event"] == "train"]
+    evals = [e for e in events if e["event"] == "eval" and "eval_only" not in e]
+    x = [e["global_step"] for e in steps]
+    window = np.ones(max(1, len(x) // 20))
+    panels = {"reward": "mean reward of rollouts", "acc": "accuracy (dots: held out, 95% interval)",
+              "reward_gap": "reward gap (attempt 2 - attempt 1)", "corrections": "corrected rows (dots: held out)",
+              "kl": "KL to the reference, per token (K3)", "completion_tokens": "completion tokens",
+              "truncated": "cut off by the budget (dashed: unanswered)",
+              "wrong first attempts": "of the answered wrong first attempts"}
+    blue, orange, green, red = (f"tab:{color}" for color in ("blue", "orange", "green", "red"))
+    curves = {"reward_gap": [("reward_gap", green, None)],
+              "corrections": [("wrong_to_correct", green, "wrong -> correct"),
+                              ("unanswered_to_correct", red, "unanswered -> correct")],
+              "wrong first attempts": [("wrong_mended", green, "mended"), ("wrong_repeated", red, "repeated")]}
+    for name in panels.keys() - curves.keys():
+        curves[name] = [(f"{name}_attempt{n}", color, f"attempt {n}") for n, color in ((1, blue), (2, orange))]
+    curves["truncated"] += [("unanswered_attempt1", blue, None), ("unanswered_attempt2", orange, None)]
+    figure, axes = plt.subplots(2, 4, figsize=(17, 6.5), layout="constrained")
+    for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
+        for key, color, label in curves[name]:
+            values = np.array([e.get(key) for e in steps], dtype=float)  # NaN: not there, as in older runs
+            known = np.isfinite(values)
+            if known.any():
+                counts = np.convolve(known, window)[: len(x)]
+                smooth = np.convolve(np.nan_to_num(values), window)[: len(x)] / np.maximum(counts, 1)
+                axis.plot(x, values, color=color, alpha=0.25, linewidth=0.8)
+                axis.plot(x, smooth, "--" if key.startswith("unanswered_attempt") else "-", color=color, label=label)
+            if name in ("acc", "corrections"):
+                held_out = np.array([e.get(key) for e in evals], dtype=float)
+                bounds = [e.get(f"{key}_interval") or [e.get(key)] * 2 for e in evals]  # accuracies have some
+                low, high = np.array(bounds, dtype=float).reshape(-1, 2).T
+                axis.errorbar([e["global_step"] for e in evals], held_out, (held_out - low, high - held_out), fmt="o",
+                              color=color, mec="black", ecolor="black", elinewidth=0.8, capsize=3)
+        boundary = max((e["global_step"] for e in steps if e["stage"] == 1), default=None)
+        if boundary and boundary < x[-1]:
+            axis.axvline(boundary + 0.5, color="gray", linestyle="--", linewidth=1)
+            for text, side in (("Stage I ", "right"), (" Stage II", "left")):
+                axis.text(boundary + 0.5, 0.99, text, transform=axis.get_xaxis_transform(), ha=side, va="top", size=8)
+        if name == "kl" and steps:  # K3 has a heavy tail: one token can be worth a hundred steps
+            each = np.array([[e["kl_attempt1"], e["kl_attempt2"]] for e in steps], dtype=float)
+            usual = 4 * np.nanquantile(each, 0.95) if np.isfinite(each).any() else 0
+            if 0 < usual < np.nanmax(each):
+                axis.set_ylim(-0.02 * usual, usual)
+                title += ", peaks cut off"
+        axis.axhline(0, color="black", linewidth=0.5)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("optimizer step")
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize=7)
+    with writing(folder / "curves.png"):
+        figure.savefig(folder / ".curves.png.tmp", dpi=110, format="png")
+        os.replace(folder / ".curves.png.tmp", folder / "curves.png")
+    plt.close(figure)
+
+
 def model_card(config: Config, evals: list[dict[str, Any]], folder: Path) -> str:
     """The README.md of a saved adapter: the hub's metadata, how it was made and measured, how to load it."""
     evals = [e for e in evals if "eval_only" not in e]
@@ -2971,192 +3148,65 @@ model, tokenizer = AutoPeftModelForCausalLM.from_pretrained("{where}"), AutoToke
 
 
 @on_main
-def save_merged(policy: Policy, folder: Path) -> None:
-    """The base model with the adapter added to its weights, in bf16, for whoever does without PEFT. Raises RunError.
+def start_wandb(run: Run, run_id: str | None) -> None:
+    """Starts W&B: online with a login and a network, else offline; never prompts, never waits, never stops a run."""
+    project = run.config.wandb_project
+    if not project or os.environ.get("WANDB_MODE") == "disabled":
+        return
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb_reachable() else "offline")
+    with at_the_loggers_risk(run):
+        import wandb
 
-    4-bit base weights are expanded first and stay so: nothing is rounded to 4 bits a second time."""
-    base, weights = policy.model.get_base_model(), {}
-    for name, module in base.named_modules():
-        layer = getattr(module, "base_layer", module)  # of a module that LoRA wraps
-        if "lora_" in name or "base_layer" in name:
-            continue
-        for key, weight in layer.named_parameters(recurse=False):
-            weight = dequantize_module_weight(layer) if key == "weight" else weight
-            if key == "weight" and layer is not module:
-                weight = weight.float() + module.get_delta_weight("default").float()
-            weights[f"{name}.{key}"] = weight.detach().to("cpu", torch.bfloat16)
-    config = copy.deepcopy(base.config)
-    config.dtype = torch.bfloat16
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        merged = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    merged.load_state_dict(weights, assign=True)
-    merged.tie_weights()
-    merged.generation_config = base.generation_config  # every token that ends an answer
-    with writing(folder):
-        merged.save_pretrained(folder)
-        policy.tokenizer.save_pretrained(folder)
+        run.wandb = wandb.init(
+            project=project, name=run.config.run_name, config=run.config.model_dump(), dir=str(run.folder), mode=mode,
+            id=run_id, resume="allow" if run_id else None,
+            settings=wandb.Settings(silent=True, console="off", init_timeout=20, x_disable_stats=True),
+        )
+        run.wandb.define_metric("*", step_metric="global_step")
+    if mode == "offline" and run.wandb:
+        say(f"W&B is offline; later: wandb sync {run.folder / 'wandb'}/offline-run-*")
 
 
-@on_main
-def push_to_hub(folder: Path, name: str) -> None:
-    """Uploads the adapter at the end of a stage with its card and tokenizer. Raises RunError."""
-    own = ["step_*", "state.json", ".*"]  # of no use to others
-    try:
-        huggingface_hub.create_repo(name, exist_ok=True)
-        huggingface_hub.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=own)
-    except Exception as error:  # no token, no network, no right to write: each its own class
-        by_hand = f"hf upload {name} {folder} --exclude 'step_*' --exclude state.json"
-        raise RunError(f"output.push_to_hub: {name} was not pushed: {first_line(error)}; the run is complete, push it "
-                       f"with --resume, or: {by_hand}") from None
-    say(f"Pushed {folder} to {name}")
+def log_to_wandb(run: Run, event: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+    """Numbers under stage1/, stage2/ or eval/ on one global step; with an evaluation also tables of rollouts,
+    curves.png, and the results as the run's summary."""
+    import wandb
 
-
-# ----------------------------------------------------------------------------------------------------------- stages
-
-
-def train_stage(policy: Policy, examples: list[Example], stage: int, config: Config, run: Run, checkpoint: Path | None,
-                steps_before: int) -> None:
-    """One stage: roll out, improve, write down. Stage I and II differ in `stage_terms` alone.
-
-    `checkpoint` is a mid-stage one to go on from. Raises Interrupted after saving, RunError when
-    train.max_skipped_steps steps in a row had a loss or gradient that is not finite."""
-    train, seed = config.train, f"{config.train.seed}/stage{stage}"
-    batches = stage_batches(stage, len(examples), config)
-    optimizer = torch.optim.AdamW(policy.trainable.values(), lr=train.learning_rate, weight_decay=0.0)
-    done = checkpoint_place(checkpoint)[1] if checkpoint else 0
-    if done:
-        load_optimizer(policy, optimizer, checkpoint / "optimizer.safetensors")
-    skipped_in_a_row, folder = 0, run.folder / f"stage{stage}"
-    state = {"stage": stage, "wandb_id": run.wandb.id if run.wandb else None, "train_rows": fingerprint(examples)}
-    bar = progress(range(done + 1, len(batches) + 1), f"Stage {'I' * stage}", initial=done, total=len(batches))
-    for step in bar:
-        rows = [examples[i] for i in batches[step - 1] for _ in range(train.num_generations)]
-        for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate * min(1.0, step / max(1, train.warmup_steps))
-        torch.manual_seed(random.Random(f"{seed}/{step}").getrandbits(31))  # LoRA dropout, and whatever else draws
-        start = time.perf_counter()
-        seeded = int(train.reference_attempts * len(batches[step - 1])) * train.num_generations if stage == 2 else 0
-        attempts = roll_out(policy, rows, config, train.generation_temperature, f"{seed}/{step}", 2, train.corrections,
-                            seeded)
-        rolled_out = time.perf_counter()
-        rows = [row for row in rows for _ in range(train.corrections)]
-        update = improve(policy, optimizer, attempts, stage, config)
-        where = {"event": "train", "stage": stage, "step": step}
-        of_reference = attempts[0].by_reference
-        own = [picked(attempt, [i for i, drawn in enumerate(of_reference) if not drawn]) for attempt in attempts]
-        event = where | {"global_step": steps_before + step} | attempt_means(own)
-        event["reward_gap"] = event["reward_attempt2"] - event["reward_attempt1"]
-        if seeded:  # how well the reference's mistakes are mended
-            theirs = attempt_means([picked(a, [i for i, drawn in enumerate(of_reference) if drawn]) for a in attempts])
-            event |= {f"{key}_of_reference": theirs[key] for key in ("acc_attempt1", "acc_attempt2", "wrong_to_correct",
-                                                                     "correct_to_wrong", "wrong_mended")}
-        completions = attempts[0].completions[:: train.corrections] + attempts[1].completions
-        event["tokens_per_second"] = sum(map(len, completions)) / sum(attempt.seconds for attempt in attempts)
-        event |= update | {"seconds_rollout": rolled_out - start, "seconds_update": time.perf_counter() - rolled_out,
-                  "peak_memory_gb": torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None}
-        run.log(event, sample_rows(rows, attempts, where, most=None if update["skipped"] else 4))
-        now = ("reward {reward_attempt1:.3f} / {reward_attempt2:.3f}, acc {acc_attempt1:.2f} / {acc_attempt2:.2f}, "
-               "kl {kl_attempt1:.3f} / {kl_attempt2:.3f}, {tokens_per_second:.0f} tok/s").format(**event)
-        bar.set_postfix_str(now)
-        if bar.disable:  # a log file: a line a step
-            say(f"Stage {'I' * stage} step {step}/{len(batches)}: {now}")
-        if step == min(5, len(batches)):
-            warn_of_budgets(run, stage, len(rows))
-        skipped_in_a_row = skipped_in_a_row + 1 if update["skipped"] else 0
-        if skipped_in_a_row >= train.max_skipped_steps:
-            raise RunError(f"loss or gradient was not finite in {skipped_in_a_row} steps in a row (stage {stage}, step "
-                           f"{step}); their samples are in {run.folder}/samples.jsonl; lower train.learning_rate")
-        last = step == len(batches)
-        stop = asked_to_stop()
-        if not last and (stop or (train.checkpoint_every and step % train.checkpoint_every == 0)):
-            here = folder / f"step_{step}"
-            save_checkpoint(policy, here, state | {"step": step}, optimizer, model_card(config, run.evals(), here))
-            prune_checkpoints(folder, config.output.keep_checkpoints)
-            run.write_results()
-            say(f"Saved {here} ({now})")
-            if stop:
-                PROCESSES.wait_for_everyone()  # a launcher ends the rest when one has gone
-                raise Interrupted
-    card = model_card(config, run.evals(), folder)
-    save_checkpoint(policy, folder, state | {"step": len(batches), "finished": True}, None, card)
-
-
-@on_main
-def warn_of_budgets(run: Run, stage: int, rows: int) -> None:
-    """Says in one line which budgets cut off more than 5% of the stage's attempts so far, `rows` a step."""
-    steps = [e for e in read_lines(run.folder / "metrics.jsonl") if e["event"] == "train" and e["stage"] == stage]
-    cut = {n: sum(e[f"truncated_attempt{n}"] for e in steps) / len(steps) for n in (1, 2)}
-    budgets = [f"train.max_new_tokens_attempt{n} = {getattr(run.config.train, f'max_new_tokens_attempt{n}')} cut off "
-               f"{share:.0%} of the first {rows * len(steps)} {('first', 'second')[n - 1]} attempts"
-               for n, share in cut.items() if share > 0.05]
-    if budgets:
-        config = shlex.quote(str(run.folder / "config.yaml"))
-        say(f"Warning: {' and '.join(budgets)}; python profile_run.py --config {config} recommends budgets.")
-
-
-def stage_batches(stage: int, examples: int, config: Config, runs: bool = True) -> list[list[int]]:
-    """The index batches of a stage. Raises UserError, if it runs, when there are not examples enough for one."""
-    size, epochs = (getattr(config.train, f"stage{stage}_{key}") for key in ("batch_size", "epochs"))
-    if runs and epochs > 0 and examples < size:
-        raise UserError(f"train.stage{stage}_batch_size: {size} is more than the {examples} train examples; lower it")
-    batches = shuffled_batches(examples, size, epochs, f"{config.train.seed}/stage{stage}")
-    if runs and epochs > 0 and not batches:
-        raise UserError(f"train.stage{stage}_epochs: {epochs} of {examples} examples is less than one step of {size}; "
-                        "raise it, or set 0 to skip the stage")
-    return batches
-
-
-def train_and_evaluate(args: argparse.Namespace, config: Config) -> tuple[Run, Policy]:
-    """The whole run: evaluate, Stage I, evaluate, Stage II, evaluate."""
-    run, checkpoint = open_run(args, config)
-    PROCESSES.wait_for_everyone()  # until all have read the folder
-    tokenizer = load_tokenizer(config)
-    train, test = load_examples(config, tokenizer)
-    train = train[: args.smoke] if args.smoke else train
-    test = test[: config.eval.max_examples]
-    steps = {stage: 0 if args.eval_only else len(stage_batches(stage, len(train), config, stage >= args.start_stage))
-             for stage in (1, 2)}
-    state = json.loads((checkpoint / "state.json").read_text()) if checkpoint else {}
-    if state.get("train_rows", "") not in ("", fingerprint(train)):
-        raise UserError(f"--resume: {checkpoint} was trained on other rows or prompts of {config.dataset.name}; put "
-                        "them back, or start a new run with --set run_name=NAME")
-    adapter = checkpoint or (Path(args.resume_adapter) if args.resume_adapter else None)
-    policy = load_policy(config, tokenizer, adapter)
-    PROCESSES.wait_for_everyone()  # until all have loaded: now the folder may change
-    enter_run(args, run, checkpoint)
-    PROCESSES.wait_for_everyone()
-    start_wandb(run, state.get("wandb_id"))
-    say(f"{config.run_name}: {config.model.name} on {DEVICE.type}, {len(train)} train and {len(test)} test examples, "
-        f"{steps[1] if args.start_stage == 1 else 0} + {steps[2]} steps, "
-        f"{PROCESSES.num_processes} process{'es' * (PROCESSES.num_processes > 1)}, into {run.folder}")
-
-    def record(label: str, step: int, **extra: Any) -> None:
-        lines = read_lines(run.folder / "metrics.jsonl")
-        if extra or not any(e.get("checkpoint") == label and "eval_only" not in e for e in lines):
-            event, samples = evaluate(policy, test, config, label)
-            run.log(event | {"global_step": step} | extra, [row | extra for row in samples])
-
-    if args.eval_only:
-        stage = f"stage{checkpoint_place(adapter)[0]}" if adapter and (adapter / "state.json").exists() else "adapter"
-        record(stage if adapter else "pretrain", 0, eval_only=True, adapter=str(adapter) if adapter else None)
+    numbers = {key: value for key, value in event.items() if isinstance(value, (int, float))}
+    prefix = "eval" if event["event"] == "eval" else f"stage{event['stage']}"
+    values: dict[str, Any] = {f"{prefix}/{key}": value for key, value in numbers.items()}
+    if event["event"] == "train":
+        run.rollouts = (run.rollouts + samples)[-100:]
     else:
-        start_stage, done = checkpoint_place(checkpoint) if checkpoint else (args.start_stage, 0)
-        with reference(policy):  # an adapter to start from is not the pretrained model
-            record("pretrain", 0)
-        if args.start_stage == 2 and not checkpoint:
-            record("stage1", steps[1], adapter=args.resume_adapter)
-            start = run.folder / "stage2" / "step_0"  # for --resume
-            state = {"stage": 2, "step": 0, "train_rows": fingerprint(train)}
-            save_checkpoint(policy, start, state, None, model_card(config, run.evals(), start))
-        for stage in (1, 2):
-            before = steps[1] if stage == 2 else 0
-            if stage >= start_stage and steps[stage] > (done if stage == start_stage else 0):
-                train_stage(policy, train, stage, config, run, checkpoint if stage == start_stage else None, before)
-            if stage >= start_stage and steps[stage]:
-                record(f"stage{stage}", before + steps[stage])
-    return run, policy
+        for name, rows in (("eval/samples", samples[:100]), ("train/rollouts", run.rollouts)):
+            if rows:
+                values[name] = wandb.Table(columns=list(rows[0]), data=[[row.get(k) for k in rows[0]] for row in rows])
+        values["curves"] = wandb.Image(str(run.folder / "curves.png"))
+        run.wandb.summary.update({f"{event['checkpoint']}/{key}": value for key, value in numbers.items()})
+        run.rollouts = []
+    run.wandb.log(values | {"global_step": event["global_step"]})
+
+
+@contextmanager
+def at_the_loggers_risk(run: Run) -> Iterator[None]:
+    """A logger must not stop a run: whatever W&B raises is said in a line, and W&B is off from there on."""
+    try:
+        yield
+    except Exception as error:
+        say(f"W&B is off from here on: {first_line(error)}")
+        run.wandb = None
+
+
+def wandb_reachable() -> bool:
+    """A login (WANDB_API_KEY or ~/.netrc), and a server that answers within 3 seconds."""
+    url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    try:
+        login = os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators(url.hostname)
+        if login:
+            socket.create_connection((url.hostname, url.port or 443), timeout=3).close()
+        return bool(login)
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def hand_over(args: argparse.Namespace, config: Config, run: Run, policy: Policy) -> None:
@@ -3173,7 +3223,36 @@ def hand_over(args: argparse.Namespace, config: Config, run: Run, policy: Policy
     say(f"Done in {time.time() - run.started:.0f} s: {where_to_look(config)}")
 
 
-# ----------------------------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------------------------------- signals
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; everything that is finished has been saved."""
+
+
+SIGNALS_SEEN: list[float] = []  # their times
+
+
+def note_signal(number: int, _frame: Any) -> None:
+    """First Ctrl-C or SIGTERM: stop after the step in hand. Second: at once."""
+    SIGNALS_SEEN.append(time.monotonic())
+    if len(SIGNALS_SEEN) == 1 and MAIN:
+        os.write(1, b"Stopping at the next safe point; once more to stop at once.\n")  # print may be in use
+    elif PROCESSES.num_processes == 1 or SIGNALS_SEEN[-1] - SIGNALS_SEEN[0] > 2:  # launchers pass a Ctrl-C on
+        os._exit(130)
+
+
+def asked_to_stop() -> bool:
+    """Has any process had a signal? All of them ask together."""
+    return any(gather_object([bool(SIGNALS_SEEN)]))
+
+
+def stop_if_asked() -> None:
+    if asked_to_stop():
+        raise Interrupted
+
+
+# ------------------------------------------------------------------------------------------------------------ start
 
 
 def main(args: argparse.Namespace, config: Config) -> int:
