@@ -3118,6 +3118,8 @@ def model_card(config: Config, evals: list[dict[str, Any]], folder: Path) -> str
     reward = ", ".join(f"`{name}`" for name in config.reward.names)
     reward += f", weighted {config.reward.weights}," if config.reward.weights else ""
     system = f"System prompt:\n\n```\n{config.prompts.system}\n```\n\n" if config.prompts.system else ""
+    opening = [{"role": "system", "content": config.prompts.system}] if system else []
+    opening, budget = opening + example_turns(config.prompts), train.max_new_tokens_attempt2
     turns = json.dumps(example_turns(config.prompts), indent=1, ensure_ascii=False)
     examples = ("Worked examples, sent before the problem as earlier turns, with their reasoning also where the chat "
                 f"template would cut it:\n\n```json\n{turns}\n```\n\n" if config.prompts.examples else "")
@@ -3131,18 +3133,39 @@ A LoRA adapter (r = {config.model.lora.r}) of `{base}`, trained by reinforcement
 SCoRe, [Kumar et al., ICLR 2025](https://arxiv.org/abs/2409.12917). Data: `{data}`. Reward: {reward} with
 `{config.reward.answer_extractor}`. Learning rate {train.learning_rate:g}, alpha {train.alpha:g}, beta1 {train.beta1:g},
 beta2 {train.beta2:g}, seed {train.seed}. {table}
-## Load
-
-```python
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-model, tokenizer = AutoPeftModelForCausalLM.from_pretrained("{where}"), AutoTokenizer.from_pretrained("{where}")
-```
+## Prompts
 
 {system}{examples}Sent after the first answer (as the token ids it came in, not encoded anew), to get the corrected one:
 
 ```
 {config.prompts.self_correction.strip()}
+```
+
+## Use
+
+```python
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model, tokenizer = AutoPeftModelForCausalLM.from_pretrained("{where}"), AutoTokenizer.from_pretrained("{where}")
+
+def encode(turns):
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text.split("FIRST ATTEMPT")[-1], add_special_tokens=False)["input_ids"]
+
+def answer(ids):
+    out = model.generate(input_ids=torch.tensor([ids], device=model.device), max_new_tokens={budget}, do_sample=False,
+                         repetition_penalty=1.0)
+    return [token for token in out[0, len(ids):].tolist() if token not in tokenizer.all_special_ids]
+
+turns = {opening!r}
+turns += [{{"role": "user", "content": "A pen costs 3 dollars. What do 7 cost?"}}]
+question = encode(turns)
+first = answer(question)
+correction = {config.prompts.self_correction!r}
+turns += [{{"role": "assistant", "content": "FIRST ATTEMPT"}}, {{"role": "user", "content": correction}}]
+second = answer(question + first + encode(turns))
 ```
 """
 

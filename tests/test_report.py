@@ -532,19 +532,17 @@ def test_the_cards_snippet_runs(finished: SimpleNamespace) -> None:
     assert "1+1=?" in prompt
 
 
-def test_the_readmes_snippet_gives_the_runs_own_attempts(finished: SimpleNamespace) -> None:
+def test_the_cards_snippet_gives_the_runs_own_attempts(finished: SimpleNamespace) -> None:
     """Plain PEFT, both attempts, attempt 1 handed back as token ids."""
-    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    card = (finished.folder / "stage2" / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     config = finished.config
     budget = min(config.train.max_new_tokens_attempt1, config.train.max_new_tokens_attempt2)
     rows = train.read_lines(finished.folder / "samples.jsonl")
     rows = [row for row in rows if row["event"] == "eval" and row["checkpoint"] == "stage2"]
     for row in [row for row in rows if row["tokens_attempt1"] <= budget][:3]:
-        mine = snippet.replace('"outputs/score-gsm8k/stage2"', repr(str(finished.folder / "stage2")))
-        prompts = config.prompts.system, config.prompts.self_correction
-        mine = mine.replace("correction = ...", f"correction = {prompts}")
-        mine = mine.replace('"A pen costs 3 dollars. What do 7 cost?"', repr(row["question"]))
-        mine = mine.replace("max_new_tokens=300", f"max_new_tokens={budget}")
+        mine = snippet.replace('"A pen costs 3 dollars. What do 7 cost?"', repr(row["question"]))
+        mine = mine.replace(f"max_new_tokens={config.train.max_new_tokens_attempt2}", f"max_new_tokens={budget}")
         names: dict[str, Any] = {}
         exec(mine, names)
         plain = [names["tokenizer"].decode(names[key]) for key in ("first", "second")]
