@@ -101,7 +101,7 @@ def find_failures(policy, examples: list, config, enough: int) -> list:
     while tried < len(examples) and len(failures) < enough:
         batch = examples[tried : tried + size]
         prompts = [example.prompt for example in batch]
-        attempt = train.make_attempt(policy, prompts, batch, 1, config, 0.0, "greedy")
+        attempt = train.make_attempt(policy, prompts, batch, config, 0.0, "greedy")
         failures += [example for example, right in zip(batch, attempt.correct, strict=True) if not right]
         tried += len(batch)
         print(f"{len(failures)} failures in {tried} problems", flush=True)
