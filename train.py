@@ -48,14 +48,14 @@ Part two: the machinery
     heavy imports        torch, Unsloth and the rest, the device, the processes
     loading              tokenizer, sampler, adapter, memory; calls completion_log_probs and reference to try them
     chat template        turns as text
-    rows                 reading a dataset and its faults, TRL's rewards; calls shuffled_batches
+    rows                 reading a dataset and its faults, its order in a stage, TRL's rewards
     sampling             vLLM, memory, rows of attempts taken apart and joined
     log-probs kernel     tensors only
     decoder              CUDA graphs and Triton kernels; knows a model, nothing of this project's types
     several processes    shares of a batch, sums of gradients, watching one another
     run folder           what is written, when it may be overwritten, how it is rewound; knows no model
     checkpoints          saved, found, pruned, merged, uploaded
-    reports              bars, tables, curves, cards, W&B, votes, statistics; calls roll_out to vote
+    reports              bars, tables, curves, cards, W&B, votes, statistics; calls roll_out, attempt_means
     signals              stopping at a safe point
     start                every way of ending as an exit code; calls train_and_evaluate
 """
@@ -233,7 +233,9 @@ class TrainConfig(Section):
     beta2: Real = Field(0.1, ge=0)
     baseline: Literal["leave_one_out", "batch", "none"] = "leave_one_out"
     num_generations: int = Field(1, ge=1)
-    corrections: int = Field(1, ge=1)
+    stage1_corrections: int = Field(1, ge=1)
+    stage2_corrections: int = Field(1, ge=1)
+    oversample: int = Field(1, ge=1)
     reference_attempts: Real = Field(0.0, ge=0, lt=1)
     importance_clip: Real | None = Field(None, gt=0)
     length_norm: Literal["sequence", "constant"] = "sequence"
@@ -687,6 +689,10 @@ def stage_terms(stage: int, r1: torch.Tensor, r2: torch.Tensor, train: TrainConf
     return [(r1, train.beta1), (r2 + train.alpha * (r2 - r1), train.beta1)]
 
 
+def terms_of(attempts: list[Attempt], stage: int, train: TrainConfig) -> list[tuple[torch.Tensor, float]]:
+    return stage_terms(stage, *(torch.tensor(attempt.rewards) for attempt in attempts[:2]), train)
+
+
 def advantages(returns: torch.Tensor, train: TrainConfig, together: int | None = None) -> torch.Tensor:
     """Returns [B] minus a baseline that does not depend on the row's own sample (`batch` nearly so), so that the
     gradient keeps its direction and loses variance. `together` samples of one prompt (num_generations) stand one after
@@ -701,24 +707,38 @@ def advantages(returns: torch.Tensor, train: TrainConfig, together: int | None =
     return (groups - others).view(-1)
 
 
-def credits_of(attempts: list[Attempt], terms: list[tuple[torch.Tensor, float]], train: TrainConfig) -> torch.Tensor:
+def credits_of(attempts: list[Attempt], terms: list[tuple[torch.Tensor, float]], train: TrainConfig,
+               m: int) -> torch.Tensor:
     """The advantage of every attempt [attempts, B]; 0 where the reference made it.
 
-    With corrections m > 1 a correction is compared with the m - 1 others of the same first attempt, all else being
+    With m > 1 corrections of a first attempt each is compared with the m - 1 others of the same one, all else being
     equal; a first attempt, which stands in m rows, is compared with other first attempts by its mean return."""
-    credit, m = torch.zeros(len(attempts), len(attempts[0].texts)), train.corrections
+    credit = torch.zeros(len(attempts), len(attempts[0].texts))
     for number, (attempt, (returns, _)) in enumerate(zip(attempts, terms, strict=True)):
         own = ~torch.tensor(attempt.by_reference)
         if number and m > 1:
             credit[number] = advantages(returns, train, m)
         else:
             means = returns[own].view(-1, m).mean(1)
-            credit[number, own] = advantages(means, train).repeat_interleave(m)
+            credit[number, own] = advantages(means, train, train.num_generations // m).repeat_interleave(m)
     return credit
 
 
+def with_signal(attempts: list[Attempt], stage: int, train: TrainConfig) -> tuple[list[Attempt], float]:
+    """The rows to train on, and the share of problems without signal (dynamic sampling, DAPO).
+
+    Where all rollouts of a problem earn alike, every advantage is 0 and only the KL terms would pull. One problem in
+    `oversample` is trained, in the order of the batch; those without signal are the first to be left out."""
+    terms, rows = terms_of(attempts, stage, train), train.num_generations
+    credit = credits_of(attempts[: len(terms)], terms, train, getattr(train, f"stage{stage}_corrections"))
+    silent = credit.view(len(terms), -1, rows).abs().amax((0, 2)) < 1e-6  # [problems]
+    kept = silent.int().argsort(stable=True)[: len(silent) // train.oversample].sort().values
+    kept = [int(problem) * rows + row for problem in kept for row in range(rows)]
+    return [picked(attempt, kept) for attempt in attempts], silent.float().mean().item()
+
+
 def accumulate_gradients(policy: Policy, attempts: list[Attempt], terms: list[tuple[torch.Tensor, float]],
-                         train: TrainConfig) -> list[dict[str, float]]:
+                         train: TrainConfig, corrections: int = 1) -> list[dict[str, float]]:
     """Adds the gradient of
 
         sum over attempts of  mean over rows of  [ -A * sum_t log pi_t  +  kappa * sum_t k3_t ] / N
@@ -730,7 +750,8 @@ def accumulate_gradients(policy: Policy, attempts: list[Attempt], terms: list[tu
     a token by min(pi / sampler, C): truncated importance sampling, for a sampler whose probabilities are a little off.
     Returns each attempt's share of the loss and its token statistics."""
     budgets, last = (train.max_new_tokens_attempt1, train.max_new_tokens_attempt2), attempts[-1]
-    credits, counted = credits_of(attempts, terms, train).tolist(), [a.by_reference.count(False) for a in attempts]
+    credits = credits_of(attempts, terms, train, corrections).tolist()
+    counted = [attempt.by_reference.count(False) for attempt in attempts]
     sums = torch.zeros(len(attempts), 4, device=DEVICE)  # loss, KL, drift, tokens: read once, at the end
     peaks = torch.zeros(len(attempts), device=DEVICE)
     for rows in micro_batches(last, policy.micro_tokens):
@@ -775,13 +796,12 @@ def improve(policy: Policy, optimizer: torch.optim.Optimizer, attempts: list[Att
 
     An out-of-memory starts the update over with half the micro-batch: nothing of the step is lost."""
     train = config.train
-    r1, r2 = (torch.tensor(attempt.rewards) for attempt in attempts)
-    terms = stage_terms(stage, r1, r2, train)
+    terms, corrections = terms_of(attempts, stage, train), getattr(train, f"stage{stage}_corrections")
     attempts = attempts[: len(terms)]
     while True:
         optimizer.zero_grad(set_to_none=True)
         try:
-            stats = accumulate_gradients(policy, attempts, terms, train)
+            stats = accumulate_gradients(policy, attempts, terms, train, corrections)
             break
         except torch.OutOfMemoryError:
             last = attempts[-1]
@@ -825,6 +845,8 @@ def train_stage(policy: Policy, examples: list[Example], stage: int, config: Con
     `checkpoint` is a mid-stage one to go on from. Raises Interrupted after saving, RunError when
     train.max_skipped_steps steps in a row had a loss or gradient that is not finite."""
     train, seed = config.train, f"{config.train.seed}/stage{stage}"
+    corrections = getattr(train, f"stage{stage}_corrections")
+    firsts = train.num_generations // corrections  # of each problem
     batches = stage_batches(stage, len(examples), config)
     optimizer = torch.optim.AdamW(policy.trainable.values(), lr=train.learning_rate, weight_decay=0.0)
     done = checkpoint_place(checkpoint)[1] if checkpoint else 0
@@ -834,28 +856,20 @@ def train_stage(policy: Policy, examples: list[Example], stage: int, config: Con
     state = {"stage": stage, "wandb_id": run.wandb.id if run.wandb else None, "train_rows": fingerprint(examples)}
     bar = progress(range(done + 1, len(batches) + 1), f"Stage {'I' * stage}", initial=done, total=len(batches))
     for step in bar:
-        rows = [examples[i] for i in batches[step - 1] for _ in range(train.num_generations)]
+        rows = [examples[i] for i in batches[step - 1] for _ in range(firsts)]
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate * min(1.0, step / max(1, train.warmup_steps))
         torch.manual_seed(random.Random(f"{seed}/{step}").getrandbits(31))  # LoRA dropout, and whatever else draws
         start = time.perf_counter()
-        seeded = int(train.reference_attempts * len(batches[step - 1])) * train.num_generations if stage == 2 else 0
-        attempts = roll_out(policy, rows, config, train.generation_temperature, f"{seed}/{step}", 2, train.corrections,
-                            seeded)
+        seeded = int(train.reference_attempts * len(batches[step - 1])) * firsts if stage == 2 else 0
+        attempts = roll_out(policy, rows, config, train.generation_temperature, f"{seed}/{step}",
+                            corrections=corrections, by_reference=seeded)
         rolled_out = time.perf_counter()
-        rows = [row for row in rows for _ in range(train.corrections)]
-        update = improve(policy, optimizer, attempts, stage, config)
+        rows = [row for row in rows for _ in range(corrections)]
+        chosen, silent = with_signal(attempts, stage, train)
+        update = improve(policy, optimizer, chosen, stage, config) | {"without_signal": silent}
         where = {"event": "train", "stage": stage, "step": step}
-        of_reference = attempts[0].by_reference
-        own = [picked(attempt, [i for i, drawn in enumerate(of_reference) if not drawn]) for attempt in attempts]
-        event = where | {"global_step": steps_before + step} | attempt_means(own)
-        event["reward_gap"] = event["reward_attempt2"] - event["reward_attempt1"]
-        if seeded:  # how well the reference's mistakes are mended
-            theirs = attempt_means([picked(a, [i for i, drawn in enumerate(of_reference) if drawn]) for a in attempts])
-            event |= {f"{key}_of_reference": theirs[key] for key in ("acc_attempt1", "acc_attempt2", "wrong_to_correct",
-                                                                     "correct_to_wrong", "wrong_mended")}
-        completions = attempts[0].completions[:: train.corrections] + attempts[1].completions
-        event["tokens_per_second"] = sum(map(len, completions)) / sum(attempt.seconds for attempt in attempts)
+        event = where | {"global_step": steps_before + step} | rollout_means(attempts, corrections)
         event |= update | {"seconds_rollout": rolled_out - start, "seconds_update": time.perf_counter() - rolled_out,
                   "peak_memory_gb": torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None}
         run.log(event, sample_rows(rows, attempts, where, most=None if update["skipped"] else 4))
@@ -883,19 +897,6 @@ def train_stage(policy: Policy, examples: list[Example], stage: int, config: Con
                 raise Interrupted
     card = model_card(config, run.evals(), folder)
     save_checkpoint(policy, folder, state | {"step": len(batches), "finished": True}, None, card)
-
-
-def shuffled_batches(count: int, batch_size: int, epochs: float, seed: str) -> list[list[int]]:
-    """Index batches of a whole stage: a seeded shuffle each epoch, leftovers (under a batch) left out of it.
-
-    A function of its arguments alone, so a resumed run finds its place by step number."""
-    per_epoch = count // batch_size
-    batches = []
-    for epoch in range(math.ceil(epochs)):
-        order = list(range(count))
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-        batches += [order[i * batch_size : (i + 1) * batch_size] for i in range(per_epoch)]
-    return batches[: round(epochs * per_epoch)]
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
@@ -1181,16 +1182,25 @@ def budget_faults(config: Config) -> list[str]:
             f"set it to {longest} or more"
         )
     for stage in (1, 2):
-        prompts = getattr(train, f"stage{stage}_batch_size")
-        if train.baseline != "none" and train.num_generations * prompts == 1:
+        problems, m = (getattr(train, f"stage{stage}_{key}") for key in ("batch_size", "corrections"))
+        if train.num_generations % m:
+            faults.append(f"train.stage{stage}_corrections: {m} does not divide train.num_generations, which is "
+                          f"{train.num_generations}")
+        elif train.baseline != "none" and train.num_generations // m * problems == 1:
             faults.append(
-                f"train.stage{stage}_batch_size: baseline {train.baseline} needs at least 2 rollouts a step; "
+                f"train.stage{stage}_batch_size: baseline {train.baseline} needs at least 2 first attempts a step; "
                 "raise the batch or num_generations, or set train.baseline to none"
             )
-    drawn = int(train.reference_attempts * train.stage2_batch_size)
-    if train.baseline != "none" and drawn and (train.stage2_batch_size - drawn) * train.num_generations == 1:
+    drawn, firsts = int(train.reference_attempts * problems), train.num_generations // m
+    if train.baseline != "none" and drawn and (problems - drawn) * firsts == 1:
         faults.append(f"train.reference_attempts: {train.reference_attempts:g} leaves one first attempt of the policy "
                       "itself in a batch; lower it or raise train.stage2_batch_size")
+    if train.oversample > 1 and (train.baseline == "none" or train.num_generations == 1):
+        faults.append(f"train.oversample: {train.oversample} needs rollouts of one problem to compare; raise "
+                      "train.num_generations and set a baseline, or set it to 1")
+    if train.oversample > 1 and train.reference_attempts:
+        faults.append("train.oversample: may leave no first attempt of the policy itself beside reference_attempts; "
+                      "set one of them to its default")
     if config.model.fast_inference and config.model.decoder != "auto":
         faults.append(f"model.decoder: {config.model.decoder} leaves nothing to model.fast_inference; set it to auto")
     for section in ("train", "eval") if config.model.fast_inference else ():
@@ -1273,7 +1283,7 @@ def shrink_for_smoke(config: Config, examples: int) -> Config:
     checkpoint: every code path, quickly."""
     config = config.model_copy(deep=True)
     config.run_name += "-smoke"
-    batch = max(2, examples // 2)
+    batch = max(2, examples // 2 // config.train.oversample)
     for stage in (1, 2):
         setattr(config.train, f"stage{stage}_batch_size", min(batch, getattr(config.train, f"stage{stage}_batch_size")))
         if getattr(config.train, f"stage{stage}_epochs") > 0:
@@ -1683,11 +1693,27 @@ def fingerprint(examples: list[Example]) -> str:
     return hashlib.sha256(json.dumps([[e.prompt, e.target] for e in examples]).encode()).hexdigest()[:16]
 
 
+def shuffled_batches(count: int, batch_size: int, epochs: float, seed: str) -> list[list[int]]:
+    """Index batches of a whole stage: a seeded shuffle each epoch, leftovers (under a batch) left out of it.
+
+    A function of its arguments alone, so a resumed run finds its place by step number."""
+    per_epoch = count // batch_size
+    batches = []
+    for epoch in range(math.ceil(epochs)):
+        order = list(range(count))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        batches += [order[i * batch_size : (i + 1) * batch_size] for i in range(per_epoch)]
+    return batches[: round(epochs * per_epoch)]
+
+
 def stage_batches(stage: int, examples: int, config: Config, runs: bool = True) -> list[list[int]]:
     """The index batches of a stage. Raises UserError, if it runs, when there are not examples enough for one."""
     size, epochs = (getattr(config.train, f"stage{stage}_{key}") for key in ("batch_size", "epochs"))
-    if runs and epochs > 0 and examples < size:
-        raise UserError(f"train.stage{stage}_batch_size: {size} is more than the {examples} train examples; lower it")
+    more = f" x oversample {config.train.oversample}" * (config.train.oversample > 1)
+    if runs and epochs > 0 and examples < size * config.train.oversample:
+        raise UserError(f"train.stage{stage}_batch_size: {size}{more} is more than the {examples} train examples; "
+                        "lower it")
+    size *= config.train.oversample
     batches = shuffled_batches(examples, size, epochs, f"{config.train.seed}/stage{stage}")
     if runs and epochs > 0 and not batches:
         raise UserError(f"train.stage{stage}_epochs: {epochs} of {examples} examples is less than one step of {size}; "
@@ -2922,6 +2948,22 @@ def progress(items: Any, title: str, **kwargs: Any) -> tqdm:
     """A progress bar on a terminal; nothing in a log file, where the summary lines say enough."""
     hidden = QUIET or not MAIN or not sys.stderr.isatty()
     return tqdm(items, desc=title, leave=False, disable=hidden, dynamic_ncols=True, **kwargs)
+
+
+def rollout_means(attempts: list[Attempt], corrections: int) -> dict[str, float]:
+    """What a step's metrics say of its rollouts: `attempt_means` of the policy's own, their gap, how well mistakes of
+    the reference are mended where it made some, and the speed."""
+    of_reference = attempts[0].by_reference
+    own, theirs = ([picked(attempt, [row for row, drawn in enumerate(of_reference) if drawn == whose])
+                    for attempt in attempts] for whose in (False, True))
+    means = attempt_means(own)
+    means["reward_gap"] = means["reward_attempt2"] - means["reward_attempt1"]
+    if any(of_reference):
+        of_theirs = attempt_means(theirs)
+        means |= {f"{key}_of_reference": of_theirs[key] for key in (
+            "acc_attempt1", "acc_attempt2", "wrong_to_correct", "correct_to_wrong", "wrong_mended")}
+    made = attempts[0].completions[::corrections] + attempts[1].completions
+    return means | {"tokens_per_second": sum(map(len, made)) / sum(attempt.seconds for attempt in attempts)}
 
 
 def sample_rows(examples: list[Example], attempts: list[Attempt], where: dict, most: int | None = None) -> list[dict]:

@@ -228,6 +228,25 @@ CASES = [
         "train.baseline: input should be 'leave_one_out', 'batch' or 'none' (got 'leave-one-out'); did you mean "
         "leave_one_out?",
     ], {"train.baseline": "leave-one-out"}),
+    Case("oversampling with nothing to compare", [
+        "train.oversample: 2 needs rollouts of one problem to compare; raise train.num_generations and set a baseline, "
+        "or set it to 1",
+    ], {"train.oversample": 2, "train.num_generations": 1}),
+    Case("oversampling without a baseline", [
+        "train.oversample: 2 needs rollouts of one problem to compare; raise train.num_generations and set a baseline, "
+        "or set it to 1",
+    ], {"train.oversample": 2, "train.num_generations": 2, "train.baseline": "none"}),
+    Case("oversampling beside attempts of the reference", [
+        "train.oversample: may leave no first attempt of the policy itself beside reference_attempts; set one of them "
+        "to its default",
+    ], {"train.oversample": 2, "train.num_generations": 2, "train.reference_attempts": 0.5}),
+    Case("corrections that do not fill a problem's rollouts", [
+        "train.stage1_corrections: 3 does not divide train.num_generations, which is 4",
+    ], {"train.num_generations": 4, "train.stage1_corrections": 3}),
+    Case("no other first attempt", [
+        "train.stage2_batch_size: baseline leave_one_out needs at least 2 first attempts a step; raise the batch or "
+        "num_generations, or set train.baseline to none",
+    ], {"train.num_generations": 4, "train.stage2_batch_size": 1, "train.stage2_corrections": 4}),
     Case("unknown decoder", [
         "model.decoder: input should be 'auto', 'graph' or 'generate' (got 'grph'); did you mean graph?",
     ], {"model.decoder": "grph"}),
@@ -267,7 +286,7 @@ CASES = [
         "dataset.test_split_size: required with dataset.split: how many of its rows to hold out for test",
     ], {"dataset.split": "train"}),
     Case("baseline without company", [
-        "train.stage1_batch_size: baseline leave_one_out needs at least 2 rollouts a step; raise the batch or "
+        "train.stage1_batch_size: baseline leave_one_out needs at least 2 first attempts a step; raise the batch or "
         "num_generations, or set train.baseline to none",
     ], {"train.stage1_batch_size": 1}),
     Case("three faults", [

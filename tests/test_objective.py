@@ -817,12 +817,50 @@ def test_a_model_that_caps_its_logits_is_refused(make_policy: Callable[..., Any]
 
 
 def test_corrections_of_one_first_attempt_are_compared_with_each_other():
-    keys = settings_of(alpha=1.0, beta1=0.01, beta2=0.2, corrections=2)
+    keys = settings_of(alpha=1.0, beta1=0.01, beta2=0.2)
     attempts = random_attempts(random.Random(0), 6, (4, 4), 1)
     r1, r2 = torch.tensor([1.0, 1, 0, 0, 0, 0]), torch.tensor([1.0, 0, 0, 1, 1, 1])
-    credit = train.credits_of(attempts, train.stage_terms(2, r1, r2, keys), keys)
+    credit = train.credits_of(attempts, train.stage_terms(2, r1, r2, keys), keys, 2)
     assert credit[0].tolist() == [1, 1, -0.5, -0.5, -0.5, -0.5], "three first attempts, each in two rows"
     assert credit[1].tolist() == [2, -2, -2, 2, 0, 0], "(1 + alpha) (r2 - the other's r2): r1 cancels"
+    keys = settings_of(alpha=0.0, beta1=0.01, beta2=0.2, num_generations=4)
+    attempts = random_attempts(random.Random(0), 8, (4, 4), 1)
+    r1 = torch.tensor([1.0, 1, 0, 0, 0, 0, 0, 0])
+    credit = train.credits_of(attempts, train.stage_terms(2, r1, torch.zeros(8), keys), keys, 2)
+    assert credit[0].tolist() == [1, 1, -1, -1, 0, 0, 0, 0], "with first attempts at its own problem, where there are"
+
+
+def rewarded(seed: int, *rewards: list[float]) -> list[Any]:
+    attempts = random_attempts(random.Random(seed), len(rewards[0]), (4, 4), 1)
+    for attempt, earned in zip(attempts, rewards, strict=True):
+        attempt.rewards = [float(reward) for reward in earned]
+    return attempts
+
+
+@pytest.mark.parametrize(("stage", "r1", "r2", "kept", "silent"), [
+    (2, "aadaa", "aaaad", [2, 4], 0.6),
+    (2, "adaaa", "aaaaa", [0, 1], 0.8),  # filled up in the order of the batch
+    (2, "ddddd", "ddddd", [0, 1], 0.0),
+    (1, "ddddd", "aaaad", [0, 4], 0.8),  # attempt 1 earns nothing in Stage I
+])  # fmt: skip
+def test_oversampling_trains_the_problems_whose_rollouts_differ(stage, r1, r2, kept, silent) -> None:
+    """Five problems of two rows each, whose rewards are alike (a) or differ (d); two are trained."""
+    rows = {"a": [0.3, 0.3], "d": [1.0, 0.3]}
+    attempts = rewarded(0, *([reward for kind in kinds for reward in rows[kind]] for kinds in (r1, r2)))
+    keys = settings_of(alpha=0.0, beta1=0.01, beta2=0.2, num_generations=2, oversample=2)
+    chosen, share = train.with_signal(attempts, stage, keys)
+    assert share == pytest.approx(silent)
+    rows = [row for problem in kept for row in (2 * problem, 2 * problem + 1)]
+    assert chosen == [train.picked(attempt, rows) for attempt in attempts]
+
+
+def test_corrections_with_signal_are_compared_within_a_first_attempt() -> None:
+    """One problem a batch of four: two first attempts, two corrections each. r2 differs between the first attempts
+    alone: nothing to learn from in Stage I; in Stage II the first attempts differ."""
+    attempts = rewarded(0, [1, 1, 0, 0] + [0] * 4, [1, 1, 0, 0] + [0] * 4)
+    for stage, silent in ((1, 1.0), (2, 0.5)):
+        keys = settings_of(num_generations=4, stage1_corrections=2, stage2_corrections=2)
+        assert train.with_signal(attempts, stage, keys) == (attempts, silent)
 
 
 def test_a_first_attempt_of_the_reference_is_not_credited_but_its_correction_is():
@@ -830,7 +868,7 @@ def test_a_first_attempt_of_the_reference_is_not_credited_but_its_correction_is(
     attempts = random_attempts(random.Random(0), 6, (4, 4), 1)
     attempts[0].by_reference = [False] * 4 + [True] * 2
     r1, r2 = torch.tensor([1.0, 0, 1, 1, 1, 0]), torch.tensor([1.0, 1, 0, 1, 1, 0])
-    credit = train.credits_of(attempts, train.stage_terms(2, r1, r2, keys), keys)
+    credit = train.credits_of(attempts, train.stage_terms(2, r1, r2, keys), keys, 1)
     assert credit.tolist() == [[1, -1, 0, 0, 0, 0], [0, 0, -1, 1, 1, -1]]
 
 
