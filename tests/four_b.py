@@ -1,9 +1,10 @@
 """What a 4B model takes under configs/math.yaml, in bf16 and 4-bit, on the whole card and held to a part of it.
 
-    python tests/four_b.py --tokenizer Qwen2.5-1.5B-Instruct --folder qwen3-4b --set dataset.name=DATA
+    python tests/four_b.py --tokenizer Qwen2.5-1.5B-Instruct --folder qwen3-4b --set dataset.name=DATA --total 600
 
 Qwen3-4B's shape with random weights: memory and speed are real, what it says is noise. A process a case. Worst: every
-row as long as the budgets let it be; usual: prompts of 150 tokens, attempts of 400.
+row as long as the budgets let it be; usual: prompts of 150 tokens, attempts of 400. The most telling comes first, and a
+row is printed and in --out as soon as it is measured, so a limit costs only what comes after it.
 """
 
 from __future__ import annotations
@@ -11,10 +12,16 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +80,13 @@ def hold_to(gigabytes: float) -> None:
     torch.cuda.mem_get_info = lambda *_, **__: (min(real()[0], max(0, limit - torch.cuda.memory_reserved())), limit)
 
 
+def tell(*row: Any) -> None:
+    """A row for the parent, as a line of JSON; the last columns may be left out."""
+    print("ROW " + json.dumps(dict.fromkeys(COLUMNS, "") | dict(zip(COLUMNS, row, strict=False))), flush=True)
+
+
 def run_case(case: dict[str, Any], args: argparse.Namespace) -> None:
-    """Prints a line of JSON for each thing measured in this process."""
+    """Tells a row for each thing measured in this process."""
     import torch
 
     import train
@@ -91,7 +103,7 @@ def run_case(case: dict[str, Any], args: argparse.Namespace) -> None:
     auto = config.model.gradient_checkpointing == "auto"
 
     def measure(what: str, rows: int, work: Any) -> Any:
-        """The result of work(), None if memory did not suffice. Prints the row; a result of text is its notes."""
+        """The result of work(), None if it failed. Tells the row; its notes are a result of text or what went wrong."""
         result = None
         if cuda:
             gc.collect()
@@ -103,15 +115,15 @@ def run_case(case: dict[str, Any], args: argparse.Namespace) -> None:
             if cuda:
                 torch.cuda.synchronize()
             notes = result if isinstance(result, str) else ""
-        except (torch.OutOfMemoryError, train.RunError, train.UserError) as error:
+        except Exception as error:  # out of memory, or a fault of this measurement alone
+            traceback.print_exc()
             notes = f"{type(error).__name__}: {train.first_line(error)}"
         seconds, (free, whole) = time.perf_counter() - start, card()
         made = result if what == "load" else policy
         on = (cuda and made and not made.recompute) if auto else config.model.gradient_checkpointing
         peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-        row = (case["name"], what, rows, f"{seconds:.2f}", f"{peak:.2f}", f"{(whole - free) / 2**30:.2f}",
-               made.micro_tokens if made else "", ("off", "on")[bool(on)] if made else "", notes)  # fmt: skip
-        print("ROW " + json.dumps(dict(zip(COLUMNS, row, strict=True))), flush=True)
+        tell(case["name"], what, rows, f"{seconds:.2f}", f"{peak:.2f}", f"{(whole - free) / 2**30:.2f}",
+             made.micro_tokens if made else "", ("off", "on")[bool(on)] if made else "", notes)
         return result
 
     tokenizer = train.load_tokenizer(config)
@@ -141,24 +153,27 @@ def run_case(case: dict[str, Any], args: argparse.Namespace) -> None:
     if policy.decoder:  # no token ends an attempt
         policy.decoder.eos.fill_(-1)
     policy.eos_token_ids = []
-    prompts = [problem.prompt for problem in problems]
-    measure("warm-up: 16 tokens a row", len(prompts), lambda: train.sample(policy, prompts, 16, 1.0, "warm-up"))
 
     def roll_out() -> str:
         attempts = train.roll_out(policy, problems, config, budgets.generation_temperature, "four_b")
         tokens = sum(len(completion) for attempt in attempts for completion in attempt.completions)
         return f"{tokens / sum(attempt.seconds for attempt in attempts):,.0f} tokens/s"
 
-    measure("rollout, full budgets", len(problems), roll_out)
     most = (budgets.max_prompt_length_attempt1, budgets.max_new_tokens_attempt1, budgets.max_new_tokens_attempt2)
-    usual = tuple(map(min, most, (150, 400, 400)))
-    plan = [(stage, what, rows, lengths) for stage, rows in counts.items()
-            for what, lengths in (("usual", usual), ("worst", most))]  # fmt: skip
-    for stage, what, rows, lengths in [(2, "warm-up", 2, usual), *plan]:
+    usual, prompts = tuple(map(min, most, (150, 400, 400))), [problem.prompt for problem in problems]
+
+    def update(stage: int, what: str, lengths: tuple[int, int, int], rows: int) -> None:
         attempts = attempts_of(train, policy, rows, lengths)
         tokens = len(attempts[1].prompts[0]) + lengths[2]
-        measure(f"update, stage {stage}, {what}: rows of {tokens} tokens", rows, lambda stage=stage, a=attempts:
-                train.improve(policy, optimizer(), a, stage, config) and None)  # fmt: skip
+        measure(f"update, stage {stage}, {what}: rows of {tokens} tokens", rows,
+                lambda: train.improve(policy, optimizer(), attempts, stage, config) and None)  # fmt: skip
+
+    update(2, "warm-up", usual, 2)
+    update(2, "worst", most, counts[2])
+    measure("warm-up: 16 tokens a row", len(prompts), lambda: train.sample(policy, prompts, 16, 1.0, "warm-up"))
+    measure("rollout, full budgets", len(problems), roll_out)
+    for stage, what, lengths in ((2, "usual", usual), (1, "worst", most), (1, "usual", usual)):
+        update(stage, what, lengths, counts[stage])
 
 
 def against_generate(train: Any, policy: Any, problems: list[Any]) -> str:
@@ -188,11 +203,56 @@ def against_generate(train: Any, policy: Any, problems: list[Any]) -> str:
 
 
 def cases(args: argparse.Namespace) -> list[dict[str, Any]]:
-    made = [dict(name=f"{kind}, {held or 'whole card'}{' GiB' * (held > 0)}", load_in_4bit=kind == "4-bit",
-                 memory_gb=held, extras=False) for kind in ("bf16", "4-bit") for held in (0, args.memory_gb)]
-    made = made[: 1 if args.small else None]
-    made += [dict(name="bf16, extras", load_in_4bit=False, memory_gb=0, extras=True)]
+    """The most telling first."""
+    held = f"{args.memory_gb:g} GiB"
+    order = [("4-bit", held), ("bf16", "whole card"), ("bf16", "extras"), ("bf16", held), ("4-bit", "whole card")]
+    made = [dict(name=f"{kind}, {what}", load_in_4bit=kind == "4-bit", extras=what == "extras",
+                 memory_gb=args.memory_gb if what == held else 0) for kind, what in order]  # fmt: skip
+    made = made[1:3] if args.small else made
     return [case for case in made if not args.only or any(text in case["name"] for text in args.only)]
+
+
+def run(command: list[str], seconds: float, take: Callable[[dict[str, Any]], None]) -> str:
+    """Gives `take` each row that a process tells, as it tells it. Why it ended before its end, "" if it did not."""
+    start, done = time.monotonic(), False
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace", start_new_session=True)
+
+    def stop() -> None:
+        with suppress(ProcessLookupError):  # with all that it has started
+            os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(seconds, stop)
+    timer.start()
+    try:
+        for line in process.stdout:
+            if line.startswith("ROW ") and line.endswith("}\n"):
+                take(json.loads(line[4:]))
+            elif done := line == "END\n":  # not to wait for its clearing up
+                break
+            else:
+                print(line, end="", file=sys.stderr, flush=True)
+    finally:
+        timer.cancel()
+        stop()
+        code = process.wait()
+    if done:
+        return ""
+    return f"not done in {seconds:.0f} s" if time.monotonic() - start >= seconds else f"exit {code}"
+
+
+def child(args: argparse.Namespace) -> None:
+    """Writes the model or runs one case; what is wrong with the whole of it is a row."""
+    case = None if args.child == "write" else json.loads(args.child)
+    try:
+        if case:
+            run_case(case, args)
+        else:
+            write_model(args.folder, args.tokenizer, args.small)
+    except Exception as error:
+        traceback.print_exc()
+        lines = str(error).strip().splitlines() or ["no message"]
+        tell(case["name"] if case else "writing the model", "all", *[""] * 6, f"{type(error).__name__}: {lines[0]}")
+    print("END", flush=True)
 
 
 def main() -> int:
@@ -204,34 +264,33 @@ def main() -> int:
     parser.add_argument("--rows", type=int, help="rows a step, where the config's batch is too many")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="cases whose name has one of these: bf16, 4-bit, ...")
     parser.add_argument("--limit", type=float, default=420, help="seconds a case")
+    parser.add_argument("--total", type=float, default=float("inf"), help="seconds for all: a case gets what is left")
     parser.add_argument("--small", action="store_true", help="a tiny model, bf16 cases of the whole device alone")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the table goes here too")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child == "write":
-        write_model(args.folder, args.tokenizer, args.small)
-    elif args.child:
-        run_case(json.loads(args.child), args)
     if args.child:
+        child(args)
         return 0
-    again = [sys.executable, __file__, *sys.argv[1:], "--child"]
-    if not (Path(args.folder) / "config.json").exists():
-        subprocess.run([*again, "write"], check=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else a case would go on without us
+    end, again = time.monotonic() + args.total, [sys.executable, __file__, *sys.argv[1:], "--child"]
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     print("\n".join(lines), flush=True)
-    for case in cases(args):
-        try:
-            done = subprocess.run([*again, json.dumps(case)], capture_output=True, timeout=args.limit)
-            out, fault = done.stdout, done.stderr.decode().strip().split("\n")[-1] if done.returncode else ""
-        except subprocess.TimeoutExpired as error:
-            out, fault = error.stdout or b"", f"not done in {args.limit:g} s"
-        rows = [json.loads(line[4:]) for line in out.decode().split("\n") if line[:4] == "ROW " and line[-1] == "}"]
-        rows += [dict.fromkeys(COLUMNS, "") | {"case": case["name"], "notes": fault}] if fault else []
-        for row in rows:
-            lines.append("| " + " | ".join(str(row[column]).replace("|", "/") for column in COLUMNS) + " |")
-            print(lines[-1], flush=True)
+
+    def take(row: dict[str, Any]) -> None:
+        lines.append("| " + " | ".join(str(row[column]).replace("|", "/") for column in COLUMNS) + " |")
+        print(lines[-1], flush=True)
         if args.out:
-            args.out.write_text("\n".join(lines) + "\n")
+            args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    plan = [(case["name"], json.dumps(case)) for case in cases(args)]
+    if not (Path(args.folder) / "tokenizer_config.json").exists():  # what is written last
+        plan.insert(0, ("writing the model", "write"))
+    for name, task in plan:
+        left = end - time.monotonic()
+        fault = run([*again, task], min(args.limit, left), take) if left > 0 else "not run: no time left"
+        if fault:
+            take(dict.fromkeys(COLUMNS, "") | {"case": name, "notes": fault})
     return 0
 
 
