@@ -1,5 +1,6 @@
-"""Single-turn RL, the ablation "no multi-turn training" and the baseline at equal GPU seconds: only attempt 1 is sampled
-and trained. The training log shows it as both attempts; the evaluations ask for a second one as ever.
+"""Single-turn RL, an ablation of the paper and the baseline at equal GPU seconds: only attempt 1 is sampled and trained.
+
+The training log shows it as both attempts; the evaluations ask for a second one as ever.
 
     python tests/single_attempt.py --config configs/gsm8k.yaml --set run_name=single train.stage1_epochs=0 \\
         train.stage2_epochs=0.162
