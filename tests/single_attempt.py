@@ -1,4 +1,4 @@
-"""Single-turn RL, an ablation of the paper and the baseline at equal GPU seconds: only attempt 1 is sampled and trained.
+"""Single-turn RL, an ablation of the paper and a baseline at equal GPU seconds: only attempt 1 is sampled and trained.
 
 The training log shows it as both attempts; the evaluations ask for a second one as ever.
 
