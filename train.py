@@ -1336,6 +1336,7 @@ os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # else it tells of every kernel
 os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import warns of a coming change there
+logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)  # of 4-bit kernels
 
 import numpy as np
 import torch
