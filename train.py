@@ -2731,8 +2731,10 @@ def check_same_config(file: Path, config: Config) -> None:
         before, now = flat(yaml.safe_load(file.read_text(encoding="utf-8"))), flat(config.model_dump())
     except Exception as error:  # whatever stands there
         raise UserError(f"--resume: {file} is damaged ({first_line(error)}); delete it if no key changed") from None
-    changed = [f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in sorted(before.keys() | now.keys())
-               if before.get(key) != now.get(key) and not key.startswith(HARMLESS_KEYS)]
+    then = {f"{name}.{key}": info.default for name, section in config if isinstance(section, Section)
+            for key, info in type(section).model_fields.items()} | before  # a key that is younger than the file
+    changed = [f"{key} {then.get(key)!r} -> {now.get(key)!r}" for key in sorted(before.keys() | now.keys())
+               if then.get(key) != now.get(key) and not key.startswith(HARMLESS_KEYS)]
     if changed:
         raise UserError(f"--resume: {file} was made with another config ({'; '.join(changed)}); put these back, or "
                         "start a new run with --set run_name=NAME")

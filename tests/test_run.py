@@ -739,3 +739,12 @@ def test_a_place_that_cannot_be_written_is_named(run_here: Callable[..., Any], t
     code, printed = run_here(out=tmp_path / "file")
     assert code == 2
     assert "output.dir" in printed
+
+
+def test_a_run_of_before_a_key_existed_goes_on_with_its_default(make_config: Any, tmp_path: Path) -> None:
+    tree, file = make_config().model_dump(), tmp_path / "config.yaml"
+    del tree["train"]["oversample"], tree["prompts"]["examples"]
+    file.write_text(yaml.safe_dump(tree))
+    train.check_same_config(file, make_config())
+    with pytest.raises(train.UserError, match="train.oversample 1 -> 2"):
+        train.check_same_config(file, make_config({"train.oversample": 2, "train.num_generations": 2}))
