@@ -690,6 +690,7 @@ def stage_terms(stage: int, r1: torch.Tensor, r2: torch.Tensor, train: TrainConf
 
 
 def terms_of(attempts: list[Attempt], stage: int, train: TrainConfig) -> list[tuple[torch.Tensor, float]]:
+    """`stage_terms` of the rewards that the attempts have earned."""
     return stage_terms(stage, *(torch.tensor(attempt.rewards) for attempt in attempts[:2]), train)
 
 
@@ -1195,9 +1196,9 @@ def budget_faults(config: Config) -> list[str]:
     if train.baseline != "none" and drawn and (problems - drawn) * firsts == 1:
         faults.append(f"train.reference_attempts: {train.reference_attempts:g} leaves one first attempt of the policy "
                       "itself in a batch; lower it or raise train.stage2_batch_size")
-    if train.oversample > 1 and (train.baseline == "none" or train.num_generations == 1):
+    if train.oversample > 1 and (train.baseline != "leave_one_out" or train.num_generations == 1):
         faults.append(f"train.oversample: {train.oversample} needs rollouts of one problem to compare; raise "
-                      "train.num_generations and set a baseline, or set it to 1")
+                      "train.num_generations and set train.baseline to leave_one_out, or set it to 1")
     if train.oversample > 1 and train.reference_attempts:
         faults.append("train.oversample: may leave no first attempt of the policy itself beside reference_attempts; "
                       "set one of them to its default")

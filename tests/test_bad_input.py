@@ -229,13 +229,13 @@ CASES = [
         "leave_one_out?",
     ], {"train.baseline": "leave-one-out"}),
     Case("oversampling with nothing to compare", [
-        "train.oversample: 2 needs rollouts of one problem to compare; raise train.num_generations and set a baseline, "
-        "or set it to 1",
+        "train.oversample: 2 needs rollouts of one problem to compare; raise train.num_generations and set "
+        "train.baseline to leave_one_out, or set it to 1",
     ], {"train.oversample": 2, "train.num_generations": 1}),
-    Case("oversampling without a baseline", [
-        "train.oversample: 2 needs rollouts of one problem to compare; raise train.num_generations and set a baseline, "
-        "or set it to 1",
-    ], {"train.oversample": 2, "train.num_generations": 2, "train.baseline": "none"}),
+    Case("oversampling with a baseline of the whole batch", [
+        "train.oversample: 2 needs rollouts of one problem to compare; raise train.num_generations and set "
+        "train.baseline to leave_one_out, or set it to 1",
+    ], {"train.oversample": 2, "train.num_generations": 2, "train.baseline": "batch"}),
     Case("oversampling beside attempts of the reference", [
         "train.oversample: may leave no first attempt of the policy itself beside reference_attempts; set one of them "
         "to its default",
