@@ -8,7 +8,8 @@
     trl-vllm  the same, rollouts by Unsloth's vLLM
 
 All get the same prompts in the same order, LoRA, rollouts a step, token budget, reward, KL weight, learning rate and
-sampling, each in a process of its own. Only model.gradient_checkpointing `auto` means another thing to TRL: true.
+sampling, each in a process of its own. Only model.gradient_checkpointing `auto` means another thing to TRL: true, and
+Unsloth's log-probs are not compiled for TRL (UNSLOTH_COMPILE_DISABLE=partial), which at 64 rollouts takes many minutes.
 
 They run in the order of --only. A peer tells every finished step at once, and the table has what it had told when its
 limit ended it; its output is in peers-NAME.log beside --out, or in --logs. Without a network: HF_HUB_OFFLINE=1.
@@ -41,6 +42,9 @@ COLUMNS = ["s/step", "completion tokens/s", "torch peak GiB", "device GiB", "sta
 # Unbuffered, so that the log can be read while it grows; vLLM tells there what it is starting.
 QUIET = dict(PYTHONUNBUFFERED="1", WANDB_MODE="disabled", TQDM_DISABLE="1", HF_HUB_DISABLE_TELEMETRY="1",
              VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="INFO")  # fmt: skip
+# Unsloth compiles its log-probs as a loop unrolled over chunks, 4 a rollout: 256 of them had not compiled in 10 minutes
+# on a CPU, and on an H100 no first step of TRL ended in 168 s. Eager, the same loop takes a moment.
+EAGER_LOG_PROBS = {"UNSLOTH_COMPILE_DISABLE": "partial"}
 
 
 def tell(kind: str, **values: Any) -> None:
@@ -193,7 +197,8 @@ def measure(name: str, args: argparse.Namespace, log: Path, seen: Callable[[dict
     limit, told = args.limit[name], 0
     with log.open("w") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                                   start_new_session=True, env=QUIET | os.environ)
+                                   start_new_session=True,
+                                   env=QUIET | (EAGER_LOG_PROBS if name.startswith("trl") else {}) | os.environ)
     deadline = time.monotonic() + limit
     try:
         while process.poll() is None and time.monotonic() < deadline and told < args.steps:  # not for its clearing up
