@@ -18,7 +18,6 @@ limit ended it; its output is in peers-NAME.log beside --out, or in --logs. With
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import importlib.metadata
 import json
 import os
@@ -168,8 +167,7 @@ def plain_log_probs(hidden: Any, weight: Any, bias: Any, targets: Any, temperatu
 
 
 def child(args: argparse.Namespace) -> None:
-    """Runs one peer in this process; tells its steps, or its error, and now and then in its log where it stands."""
-    faulthandler.dump_traceback_later(60, repeat=True)
+    """Runs one peer in this process; tells its steps, or its error."""
     try:
         import train
 
