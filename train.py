@@ -255,6 +255,7 @@ class EvalConfig(Section):
     generation_temperature: Real = Field(0.0, ge=0)
     attempts: int = Field(2, ge=2)
     samples: int = Field(1, ge=1)
+    validation: int = Field(0, ge=0)
 
 
 class OutputConfig(Section):
@@ -840,11 +841,11 @@ def improve(policy: Policy, optimizer: torch.optim.Optimizer, attempts: list[Att
 
 
 def train_stage(policy: Policy, examples: list[Example], stage: int, config: Config, run: Run, checkpoint: Path | None,
-                steps_before: int) -> None:
+                steps_before: int, validate: Callable[[int, int], None]) -> None:
     """One stage: roll out, improve, write down. Stage I and II differ in `stage_terms` alone.
 
-    `checkpoint` is a mid-stage one to go on from. Raises Interrupted after saving, RunError when
-    train.max_skipped_steps steps in a row had a loss or gradient that is not finite."""
+    `checkpoint` is a mid-stage one to go on from; `validate` is called after every one. Raises Interrupted after
+    saving, RunError when train.max_skipped_steps steps in a row had a loss or gradient that is not finite."""
     train, seed = config.train, f"{config.train.seed}/stage{stage}"
     corrections = getattr(train, f"stage{stage}_corrections")
     firsts = train.num_generations // corrections  # of each problem
@@ -874,8 +875,7 @@ def train_stage(policy: Policy, examples: list[Example], stage: int, config: Con
         event |= update | {"seconds_rollout": rolled_out - start, "seconds_update": time.perf_counter() - rolled_out,
                   "peak_memory_gb": torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None}
         run.log(event, sample_rows(rows, attempts, where, most=None if update["skipped"] else 4))
-        now = ("reward {reward_attempt1:.3f} / {reward_attempt2:.3f}, acc {acc_attempt1:.2f} / {acc_attempt2:.2f}, "
-               "kl {kl_attempt1:.3f} / {kl_attempt2:.3f}, {tokens_per_second:.0f} tok/s").format(**event)
+        now = STEP_LINE.format(**event)
         bar.set_postfix_str(now)
         if bar.disable:  # a log file: a line a step
             say(f"Stage {'I' * stage} step {step}/{len(batches)}: {now}")
@@ -885,8 +885,7 @@ def train_stage(policy: Policy, examples: list[Example], stage: int, config: Con
         if skipped_in_a_row >= train.max_skipped_steps:
             raise RunError(f"loss or gradient was not finite in {skipped_in_a_row} steps in a row (stage {stage}, step "
                            f"{step}); their samples are in {run.folder}/samples.jsonl; lower train.learning_rate")
-        last = step == len(batches)
-        stop = asked_to_stop()
+        last, stop = step == len(batches), asked_to_stop()
         if not last and (stop or (train.checkpoint_every and step % train.checkpoint_every == 0)):
             here = folder / f"step_{step}"
             save_checkpoint(policy, here, state | {"step": step}, optimizer, model_card(config, run.evals(), here))
@@ -896,6 +895,7 @@ def train_stage(policy: Policy, examples: list[Example], stage: int, config: Con
             if stop:
                 PROCESSES.wait_for_everyone()  # a launcher ends the rest when one has gone
                 raise Interrupted
+            validate(stage, step)
     card = model_card(config, run.evals(), folder)
     save_checkpoint(policy, folder, state | {"step": len(batches), "finished": True}, None, card)
 
@@ -903,12 +903,12 @@ def train_stage(policy: Policy, examples: list[Example], stage: int, config: Con
 # ------------------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(policy: Policy, examples: list[Example], config: Config, checkpoint: str) -> tuple[dict, list[dict]]:
+def evaluate(policy: Policy, examples: list[Example], config: Config, checkpoint: str, votes: bool = True) -> tuple:
     """The paper's metrics on `examples`, greedily unless eval.generation_temperature says otherwise.
 
-    Returns the eval event and one sample row an example. "acc" is the share of correct answers, not a mean reward.
-    With eval.attempts above 2 also the accuracy of the later attempts, with eval.samples above 1 also that of majority
-    votes."""
+    Returns the eval event (dict) and one sample row an example (list). "acc" is the share of correct answers, not a
+    mean reward. With eval.attempts above 2 also the accuracy of the later attempts, with `votes` and eval.samples
+    above 1 also that of majority votes."""
     size, temperature = config.eval.batch_size, config.eval.generation_temperature
     start, batches = time.perf_counter(), []
     for i in progress(range(0, len(examples), size), f"evaluate {checkpoint}"):
@@ -921,7 +921,7 @@ def evaluate(policy: Policy, examples: list[Example], config: Config, checkpoint
     event = {"event": "eval", "checkpoint": checkpoint, "n": n} | attempt_means(attempts) | {
         "edit_distance_ratio": sum(map(edit_distance_ratio, first.completions, second.completions)) / n,
     } | intervals(np.array(pairs, dtype=float))
-    if config.eval.samples > 1:
+    if votes and config.eval.samples > 1:
         event |= vote(policy, examples, config)
     event["seconds"] = time.perf_counter() - start
     return event, sample_rows(examples, attempts, {"event": "eval", "checkpoint": checkpoint})
@@ -947,6 +947,7 @@ def train_and_evaluate(args: argparse.Namespace, config: Config) -> tuple[Run, P
     PROCESSES.wait_for_everyone()  # until all have read the folder
     tokenizer = load_tokenizer(config)
     train, test = load_examples(config, tokenizer)
+    train, validation = hold_out(train, config.eval.validation)
     train = train[: args.smoke] if args.smoke else train
     test = test[: config.eval.max_examples]
     steps = {stage: 0 if args.eval_only else len(stage_batches(stage, len(train), config, stage >= args.start_stage))
@@ -965,11 +966,14 @@ def train_and_evaluate(args: argparse.Namespace, config: Config) -> tuple[Run, P
         f"{steps[1] if args.start_stage == 1 else 0} + {steps[2]} steps, "
         f"{PROCESSES.num_processes} process{'es' * (PROCESSES.num_processes > 1)}, into {run.folder}")
 
-    def record(label: str, step: int, **extra: Any) -> None:
-        lines = read_lines(run.folder / "metrics.jsonl")
-        if extra or not any(e.get("checkpoint") == label and "eval_only" not in e for e in lines):
-            event, samples = evaluate(policy, test, config, label)
+    def record(label: str, step: int, examples: list[Example] = test, **extra: Any) -> None:
+        if {"adapter", "eval_only"} & extra.keys() or not run.has_evaluated(label):
+            event, samples = evaluate(policy, examples, config, label, votes=examples is test)
             run.log(event | {"global_step": step} | extra, [row | extra for row in samples])
+
+    def validate(stage: int, step: int) -> None:
+        if validation:
+            record(f"stage{stage}/step_{step}", steps[1] * (stage - 1) + step, validation, held_out="validation")
 
     if args.eval_only:
         stage = f"stage{checkpoint_place(adapter)[0]}" if adapter and (adapter / "state.json").exists() else "adapter"
@@ -984,10 +988,13 @@ def train_and_evaluate(args: argparse.Namespace, config: Config) -> tuple[Run, P
             state = {"stage": 2, "step": 0, "train_rows": fingerprint(train)}
             save_checkpoint(policy, start, state, None, model_card(config, run.evals(), start))
         for stage in (1, 2):
-            before = steps[1] if stage == 2 else 0
+            before, given = steps[1] * (stage - 1), checkpoint if stage == start_stage else None
             if stage >= start_stage and steps[stage] > (done if stage == start_stage else 0):
-                train_stage(policy, train, stage, config, run, checkpoint if stage == start_stage else None, before)
+                if stage == start_stage or not steps[1]:  # else Stage I has ended with this one
+                    validate(stage, done)
+                train_stage(policy, train, stage, config, run, given, before, validate)
             if stage >= start_stage and steps[stage]:
+                validate(stage, steps[stage])
                 record(f"stage{stage}", before + steps[stage])
     return run, policy
 
@@ -1291,6 +1298,7 @@ def shrink_for_smoke(config: Config, examples: int) -> Config:
             setattr(config.train, f"stage{stage}_epochs", 1)
     config.train.checkpoint_every = 1
     config.eval.max_examples = min(examples, config.eval.max_examples or examples)
+    config.eval.validation = min(examples, config.eval.validation)
     return config
 
 
@@ -1688,6 +1696,14 @@ def reward_arguments(
                  for chat, text in zip(chats, attempt.texts, strict=True)]
     answers = [[{"role": "assistant", "content": text}] for text in texts]
     return columns | {"prompts": chats, "completions": answers, "completion_ids": completions}
+
+
+def hold_out(examples: list[Example], count: int) -> tuple[list[Example], list[Example]]:
+    """The examples without `count` of them, and those: for validation, the same ones whatever the seed."""
+    if count >= len(examples):
+        raise UserError(f"eval.validation: {count} leaves nothing of {len(examples)} train examples; lower it")
+    chosen = set(random.Random("validation").sample(range(len(examples)), count))
+    return tuple([example for i, example in enumerate(examples) if (i in chosen) == held] for held in (False, True))
 
 
 def fingerprint(examples: list[Example]) -> str:
@@ -2622,6 +2638,9 @@ class Run:
             with at_the_loggers_risk(self):
                 log_to_wandb(self, event, samples)
 
+    def has_evaluated(self, label: str) -> bool:
+        return any(e["checkpoint"] == label and "eval_only" not in e for e in self.evals())
+
     def evals(self) -> list[dict[str, Any]]:
         return [e for e in read_lines(self.folder / "metrics.jsonl") if e["event"] == "eval"]
 
@@ -2735,7 +2754,7 @@ def check_same_config(file: Path, config: Config) -> None:
     then = {f"{name}.{key}": info.default for name, section in config if isinstance(section, Section)
             for key, info in type(section).model_fields.items()} | before  # a key that is younger than the file
     changed = [f"{key} {then.get(key)!r} -> {now.get(key)!r}" for key in sorted(before.keys() | now.keys())
-               if then.get(key) != now.get(key) and not key.startswith(HARMLESS_KEYS)]
+               if then.get(key) != now.get(key) and (key == "eval.validation" or not key.startswith(HARMLESS_KEYS))]
     if changed:
         raise UserError(f"--resume: {file} was made with another config ({'; '.join(changed)}); put these back, or "
                         "start a new run with --set run_name=NAME")
@@ -2763,7 +2782,11 @@ def rewind(folder: Path, stage: int, step: int) -> None:
     logged = [mark(event) for event in read_lines(folder / "metrics.jsonl")]
 
     def past(e: dict[str, Any]) -> bool:  # "adapter" marks the evaluation of the adapter that Stage II started from
-        place = (2, 0) if "adapter" in e else order.get(e.get("checkpoint")) or (e["stage"], e["step"])
+        label = e.get("checkpoint")
+        if "held_out" in e:
+            place = tuple(map(int, re.findall(r"\d+", label)))
+        else:
+            place = (2, 0) if "adapter" in e else order.get(label) or (e["stage"], e["step"])
         return "eval_only" not in e and place > (stage, step)
 
     for file in filter(Path.exists, (folder / "metrics.jsonl", folder / "samples.jsonl")):
@@ -2948,6 +2971,10 @@ def push_to_hub(folder: Path, name: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- reports
 
 
+STEP_LINE = ("reward {reward_attempt1:.3f} / {reward_attempt2:.3f}, acc {acc_attempt1:.2f} / {acc_attempt2:.2f}, "
+             "kl {kl_attempt1:.3f} / {kl_attempt2:.3f}, {tokens_per_second:.0f} tok/s")
+
+
 def progress(items: Any, title: str, **kwargs: Any) -> tqdm:
     """A progress bar on a terminal; nothing in a log file, where the summary lines say enough."""
     hidden = QUIET or not MAIN or not sys.stderr.isatty()
@@ -3048,7 +3075,8 @@ def results_table(evals: list[dict[str, Any]]) -> str:
     columns |= {"delta": "delta", "95%": "delta_interval", "i->c": "delta_i_to_c", "c->i": "delta_c_to_i",
                 "reward 1": "reward_attempt1", "reward 2": "reward_attempt2", "edit distance": "edit_distance_ratio",
                 "n": "n"}
-    kind = lambda e: " (eval only)" * ("eval_only" in e) or " (given adapter)" * ("adapter" in e)  # noqa: E731
+    kind = lambda e: (" (eval only)" * ("eval_only" in e) or " (given adapter)" * ("adapter" in e)  # noqa: E731
+                      or " (validation)" * ("held_out" in e))
     rows = [e | {"checkpoint": e["checkpoint"] + kind(e)} for e in evals]
     table = markdown([list(columns), *([row.get(key) for key in columns.values()] for row in rows)])
     split = {"checkpoint": "checkpoint"} | {
@@ -3089,10 +3117,11 @@ def draw_curves(folder: Path) -> None:
     events = read_lines(folder / "metrics.jsonl")
     steps = [e for e in events if e["event"] == "train"]
     evals = [e for e in events if e["event"] == "eval" and "eval_only" not in e]
+    tested, validated = ([e for e in evals if ("held_out" in e) == which] for which in (False, True))
     x = [e["global_step"] for e in steps]
     window = np.ones(max(1, len(x) // 20))
-    panels = {"reward": "mean reward of rollouts", "acc": "accuracy (dots: held out, 95% interval)",
-              "reward_gap": "reward gap (attempt 2 - attempt 1)", "corrections": "corrected rows (dots: held out)",
+    panels = {"reward": "mean reward of rollouts", "acc": "accuracy (dots: test, diamonds: validation)",
+              "reward_gap": "reward gap (attempt 2 - attempt 1)", "corrections": "corrected rows (dots: test)",
               "kl": "KL to the reference, per token (K3)", "completion_tokens": "completion tokens",
               "truncated": "cut off by the budget (dashed: unanswered)",
               "wrong first attempts": "of the answered wrong first attempts"}
@@ -3114,12 +3143,13 @@ def draw_curves(folder: Path) -> None:
                 smooth = np.convolve(np.nan_to_num(values), window)[: len(x)] / np.maximum(counts, 1)
                 axis.plot(x, values, color=color, alpha=0.25, linewidth=0.8)
                 axis.plot(x, smooth, "--" if key.startswith("unanswered_attempt") else "-", color=color, label=label)
-            if name in ("acc", "corrections"):
-                held_out = np.array([e.get(key) for e in evals], dtype=float)
-                bounds = [e.get(f"{key}_interval") or [e.get(key)] * 2 for e in evals]  # accuracies have some
+            for rows, sign in ((tested, "o"), (validated, "D")) if name in ("acc", "corrections") else ():
+                held_out = np.array([e.get(key) for e in rows], dtype=float)
+                bounds = [e.get(f"{key}_interval") or [e.get(key)] * 2 for e in rows]  # accuracies have some
                 low, high = np.array(bounds, dtype=float).reshape(-1, 2).T
-                axis.errorbar([e["global_step"] for e in evals], held_out, (held_out - low, high - held_out), fmt="o",
-                              color=color, mec="black", ecolor="black", elinewidth=0.8, capsize=3)
+                axis.errorbar([e["global_step"] for e in rows], held_out, (held_out - low, high - held_out), fmt=sign,
+                              color=color, mec="black", ecolor="black", elinewidth=0.8, capsize=3,
+                              markersize=6 if sign == "o" else 3)
         boundary = max((e["global_step"] for e in steps if e["stage"] == 1), default=None)
         if boundary and boundary < x[-1]:
             axis.axvline(boundary + 0.5, color="gray", linestyle="--", linewidth=1)
@@ -3145,7 +3175,8 @@ def draw_curves(folder: Path) -> None:
 def model_card(config: Config, evals: list[dict[str, Any]], folder: Path) -> str:
     """The README.md of a saved adapter: the hub's metadata, how it was made and measured, how to load it."""
     evals = [e for e in evals if "eval_only" not in e]
-    final = [e for e in evals if e["checkpoint"] == folder.name and "adapter" not in e]
+    label = folder.name if folder.name.startswith("stage") else f"{folder.parent.name}/{folder.name}"
+    final = [e for e in evals if e["checkpoint"] == label and "adapter" not in e]
     local = {name: Path(name).exists() for name in (config.model.name, config.dataset.name)}  # the hub refuses these
     base, data = (Path(name).name if local[name] else name for name in (config.model.name, config.dataset.name))
     metadata = huggingface_hub.ModelCardData(
@@ -3159,7 +3190,7 @@ def model_card(config: Config, evals: list[dict[str, Any]], folder: Path) -> str
     )
     train, last = config.train, "stage2" if config.train.stage2_epochs else "stage1"
     where = config.output.push_to_hub if config.output.push_to_hub and folder.name == last else folder
-    table = f"In the table, `{folder.name}` is this adapter on held-out rows.\n" if final else "Not evaluated yet.\n"
+    table = f"In the table, `{label}` is this adapter on held-out rows.\n" if final else "Not evaluated yet.\n"
     table += f"\n{results_table(evals)}\n" if evals else ""
     reward = ", ".join(f"`{name}`" for name in config.reward.names)
     reward += f", weighted {config.reward.weights}," if config.reward.weights else ""
@@ -3237,12 +3268,12 @@ def start_wandb(run: Run, run_id: str | None) -> None:
 
 
 def log_to_wandb(run: Run, event: dict[str, Any], samples: list[dict[str, Any]]) -> None:
-    """Numbers under stage1/, stage2/ or eval/ on one global step; with an evaluation also tables of rollouts,
-    curves.png, and the results as the run's summary."""
+    """Numbers under stage1/, stage2/, eval/ or validation/ on one global step; with an evaluation also tables of
+    rollouts, curves.png, and the results as the run's summary."""
     import wandb
 
     numbers = {key: value for key, value in event.items() if isinstance(value, (int, float))}
-    prefix = "eval" if event["event"] == "eval" else f"stage{event['stage']}"
+    prefix = event.get("held_out", "eval") if event["event"] == "eval" else f"stage{event['stage']}"
     values: dict[str, Any] = {f"{prefix}/{key}": value for key, value in numbers.items()}
     if event["event"] == "train":
         run.rollouts = (run.rollouts + samples)[-100:]
@@ -3281,6 +3312,10 @@ def wandb_reachable() -> bool:
 def hand_over(args: argparse.Namespace, config: Config, run: Run, policy: Policy) -> None:
     """When all is trained, one process goes on alone: the table, the merged model, the upload."""
     say("\n" + results_table(run.evals()), always=True)
+    if validated := [e for e in run.evals() if "held_out" in e]:
+        best = max(validated, key=lambda e: e["acc_attempt2"])
+        say(f"Of the checkpoints {best['checkpoint']} has the highest Acc@t2 on the {best['n']} validation rows, "
+            f"{best['acc_attempt2']:.3f}; the last one has {validated[-1]['acc_attempt2']:.3f}.")
     if run.wandb:
         with at_the_loggers_risk(run):
             run.wandb.finish()

@@ -272,10 +272,10 @@ def test_sigterm_in_an_evaluation(tiny_run: Callable[..., list[str]], whole: Sim
         no_curves()
         inner = train.evaluate
 
-        def evaluate(policy: Any, examples: Any, config: Any, checkpoint: str) -> Any:
+        def evaluate(policy: Any, examples: Any, config: Any, checkpoint: str, **how: Any) -> Any:
             if checkpoint == "stage1":
                 os.kill(os.getpid(), signal.SIGTERM)
-            return inner(policy, examples, config, checkpoint)
+            return inner(policy, examples, config, checkpoint, **how)
 
         train.evaluate = evaluate
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -684,6 +685,90 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     code, printed = run_here("--resume")
     assert code == 0, printed
     assert_same_run(tmp_path / "run", full_run.folder)
+
+
+# ------------------------------------------------------------------------------------------------- validation
+
+
+VALIDATION = ["--set", "eval.validation=8", "eval.samples=2", "wandb_project=null"]
+
+
+@pytest.fixture(scope="module")
+def validated(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A run that keeps 8 of its 24 train rows out: two stages of four steps, a checkpoint after the second of each."""
+    out = tmp_path_factory.mktemp("validated")
+    done = command_line(arguments(config_file, out, *VALIDATION))
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(folder=out / "run", stdout=done.stdout)
+
+
+def test_validation_rows_are_evaluated_at_every_checkpoint_and_never_trained_on(
+    validated: SimpleNamespace, data_dir: Path
+) -> None:
+    lines = events(validated.folder)
+    assert [(line["checkpoint"], line["n"]) for line in lines if line["event"] == "eval" and "held_out" in line] == [
+        (f"stage{stage}/step_{step}", 8) for stage, step in ((1, 0), (1, 2), (1, 4), (2, 2), (2, 4))]  # fmt: skip
+    order = [line.get("checkpoint") or (line["stage"], line["step"]) for line in lines]
+    assert order == [
+        "pretrain", "stage1/step_0", (1, 1), (1, 2), "stage1/step_2", (1, 3), (1, 4), "stage1/step_4", "stage1",
+        (2, 1), (2, 2), "stage2/step_2", (2, 3), (2, 4), "stage2/step_4", "stage2"]  # fmt: skip
+    assert {line["checkpoint"]: line["global_step"] for line in lines if "held_out" in line} == {
+        "stage1/step_0": 0, "stage1/step_2": 2, "stage1/step_4": 4, "stage2/step_2": 6, "stage2/step_4": 8}  # fmt: skip
+    rows = [json.loads(line) for line in (validated.folder / "samples.jsonl").read_text().splitlines()]
+    held_out = {row["question"] for row in rows if "held_out" in row}
+    tested = {row["question"] for row in rows if row["event"] == "eval" and "held_out" not in row}
+    trained = {row["question"] for row in rows if row["event"] == "train"}
+    given = {json.loads(line)["question"] for line in (data_dir / "train.jsonl").read_text().splitlines()}
+    assert len(held_out) == 8
+    assert trained
+    assert held_out <= given
+    assert not held_out & (tested | trained)
+    assert all("vote_parallel_2" not in line for line in lines if "held_out" in line), "votes are for the test rows"
+
+
+def test_validation_is_reported_as_such(validated: SimpleNamespace) -> None:
+    table = (validated.folder / "results.md").read_text()
+    assert re.search(r"^\| stage2/step_2 \(validation\) ", table, re.MULTILINE)
+    assert re.search(r"^\| stage2 ", table, re.MULTILINE)
+    best = max((line for line in events(validated.folder) if "held_out" in line), key=lambda e: e["acc_attempt2"])
+    (line,) = [line for line in validated.stdout.splitlines() if "8 validation rows" in line]
+    assert line.startswith(f"Of the checkpoints {best['checkpoint']} has the highest Acc@t2")
+    card = (validated.folder / "stage2" / "step_2" / "README.md").read_text()
+    assert "`stage2/step_2` is this adapter on held-out rows" in card
+
+
+@pytest.mark.parametrize(("stage", "step"), [(1, 2), (2, 2)])
+def test_a_run_killed_in_its_validation_goes_on_as_if_it_had_not_been(
+    run_here: Callable[..., Any], validated: SimpleNamespace, tmp_path: Path, stage: int, step: int
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(validated.folder, folder)
+    for later in ("stage1", "stage2")[stage - 1 :]:
+        (folder / later / "state.json").unlink()
+    if stage == 1:
+        shutil.rmtree(folder / "stage2")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    here = next(i for i, line in enumerate(lines) if f'"stage{stage}/step_{step}"' in line)
+    (folder / "metrics.jsonl").write_text("".join(lines[:here]))
+    code, printed = run_here(*VALIDATION, "--resume")
+    assert code == 0, printed
+    assert_same_run(folder, validated.folder)
+
+
+def test_validation_rows_are_the_same_for_every_seed_and_leave_rows_to_train_on(
+    run_here: Callable[..., Any], validated: SimpleNamespace, tmp_path: Path
+) -> None:
+    rows = [train.Example(str(i), "", []) for i in range(30)]
+    kept, held_out = train.hold_out(rows, 10)
+    assert sorted(rows.index(row) for row in kept + held_out) == list(range(30))
+    assert train.hold_out(rows, 10) == (kept, held_out)
+    assert train.hold_out(rows, 0) == (rows, [])
+    code, printed = run_here("--set", "eval.validation=24")
+    assert (code, printed.strip()) == (2, "eval.validation: 24 leaves nothing of 24 train examples; lower it")
+    shutil.copytree(validated.folder, tmp_path / "run", dirs_exist_ok=True)
+    code, printed = run_here("--resume", *VALIDATION, "--set", "eval.validation=4")
+    assert code == 2
+    assert "eval.validation 8 -> 4" in printed
 
 
 # ------------------------------------------------------------------------------------------------------ ends in trouble
