@@ -351,8 +351,8 @@ def show_samples(folder: Path, checkpoint: str | None, most: int) -> int:
     print(f"{folder}, {checkpoint}: {len(rows)} rows")
     for kind, members in kinds.items():
         print(f"{len(members):>6}  {kind}")
-    if checkpoint != "pretrain" and len(evaluated.get("pretrain", [])) == len(rows):
-        pretrain, rng = evaluated["pretrain"], random.Random(0)
+    pretrain, rng = evaluated.get("pretrain", []), random.Random(0)
+    if checkpoint != "pretrain" and [row["question"] for row in pretrain] == [row["question"] for row in rows]:
         gains = [b["correct_attempt2"] - a["correct_attempt1"] for a, b in zip(pretrain, rows, strict=True)]
         means = sorted(statistics.fmean(rng.choices(gains, k=len(gains))) for _ in range(2000))
         print(f"attempt 2 here minus attempt 1 before training: {statistics.fmean(gains):+.3f} "
