@@ -947,7 +947,7 @@ def train_and_evaluate(args: argparse.Namespace, config: Config) -> tuple[Run, P
     PROCESSES.wait_for_everyone()  # until all have read the folder
     tokenizer = load_tokenizer(config)
     train, test = load_examples(config, tokenizer)
-    train, validation = hold_out(train, config.eval.validation)
+    train, validation = hold_out(train, config.eval.validation, args.resume_adapter)
     train = train[: args.smoke] if args.smoke else train
     test = test[: config.eval.max_examples]
     steps = {stage: 0 if args.eval_only else len(stage_batches(stage, len(train), config, stage >= args.start_stage))
@@ -1698,12 +1698,22 @@ def reward_arguments(
     return columns | {"prompts": chats, "completions": answers, "completion_ids": completions}
 
 
-def hold_out(examples: list[Example], count: int) -> tuple[list[Example], list[Example]]:
-    """The examples without `count` of them, and those: for validation, the same ones whatever the seed."""
+def hold_out(examples: list[Example], count: int, adapter: str | None = None) -> tuple[list[Example], list[Example]]:
+    """The examples to train on and `count` others for validation: chosen by the hash of the question, so that neither
+    the seed nor the order matters and a question is on one side. Warns of an `adapter` that has seen other rows."""
     if count >= len(examples):
         raise UserError(f"eval.validation: {count} leaves nothing of {len(examples)} train examples; lower it")
-    chosen = set(random.Random("validation").sample(range(len(examples)), count))
-    return tuple([example for i, example in enumerate(examples) if (i in chosen) == held] for held in (False, True))
+    by_hash = lambda i: hashlib.sha256(examples[i].question.encode(errors="replace")).digest()  # noqa: E731
+    chosen = sorted(sorted(range(len(examples)), key=by_hash)[:count])
+    asked = {examples[i].question for i in chosen}
+    kept = [example for example in examples if example.question not in asked]
+    if count and adapter:
+        with suppress(OSError, ValueError, AttributeError):
+            if json.loads((Path(adapter) / "state.json").read_text()).get("train_rows") == fingerprint(kept):
+                adapter = None
+    if count and adapter:
+        say(f"Warning: {adapter} was not trained on just these train rows; it may have seen the eval.validation ones.")
+    return kept, [examples[i] for i in chosen]
 
 
 def fingerprint(examples: list[Example]) -> str:
@@ -2719,7 +2729,8 @@ def enter_run(args: argparse.Namespace, run: Run, checkpoint: Path | None) -> No
         return
     if args.start_stage == 2 and not checkpoint and not evaluates_as(folder / "config.yaml", run.config):
         for name in ("metrics.jsonl", "samples.jsonl"):  # so pretrain is evaluated anew
-            kept = [e for e in read_lines(folder / name) if e.get("checkpoint") != "pretrain" or "eval_only" in e]
+            kept = [e for e in read_lines(folder / name)
+                    if "eval_only" in e or not (e.get("checkpoint") == "pretrain" or "held_out" in e)]
             write_atomically(folder / name, "".join(map(to_json, kept)))
     text = yaml.safe_dump(run.config.model_dump(), sort_keys=False, allow_unicode=True)
     write_atomically(folder / "config.yaml", text)
@@ -3118,10 +3129,11 @@ def draw_curves(folder: Path) -> None:
     steps = [e for e in events if e["event"] == "train"]
     evals = [e for e in events if e["event"] == "eval" and "eval_only" not in e]
     tested, validated = ([e for e in evals if ("held_out" in e) == which] for which in (False, True))
+    signs = "dots: test, diamonds: validation" if validated else "dots: held out"
     x = [e["global_step"] for e in steps]
     window = np.ones(max(1, len(x) // 20))
-    panels = {"reward": "mean reward of rollouts", "acc": "accuracy (dots: test, diamonds: validation)",
-              "reward_gap": "reward gap (attempt 2 - attempt 1)", "corrections": "corrected rows (dots: test)",
+    panels = {"reward": "mean reward of rollouts", "acc": f"accuracy ({signs}, 95% interval)",
+              "reward_gap": "reward gap (attempt 2 - attempt 1)", "corrections": f"corrected rows ({signs})",
               "kl": "KL to the reference, per token (K3)", "completion_tokens": "completion tokens",
               "truncated": "cut off by the budget (dashed: unanswered)",
               "wrong first attempts": "of the answered wrong first attempts"}
@@ -3184,7 +3196,8 @@ def model_card(config: Config, evals: list[dict[str, Any]], folder: Path) -> str
         library_name="peft", pipeline_tag="text-generation", model_name=config.run_name if final else None,
         tags=["lora", "score", "self-correction", "reinforcement-learning"], eval_results=[
             huggingface_hub.EvalResult(
-                task_type="text-generation", dataset_name=data, dataset_type=data, metric_type="accuracy",
+                task_type="text-generation", dataset_name=data, dataset_type=data, dataset_split=e.get("held_out"),
+                metric_type="accuracy",
                 metric_name=f"accuracy of attempt {number}", metric_value=e[f"acc_attempt{number}"])
             for e in final[-1:] for number in (1, 2)] or None,
     )
@@ -3278,7 +3291,7 @@ def log_to_wandb(run: Run, event: dict[str, Any], samples: list[dict[str, Any]])
     if event["event"] == "train":
         run.rollouts = (run.rollouts + samples)[-100:]
     else:
-        for name, rows in (("eval/samples", samples[:100]), ("train/rollouts", run.rollouts)):
+        for name, rows in ((f"{prefix}/samples", samples[:100]), ("train/rollouts", run.rollouts)):
             if rows:
                 values[name] = wandb.Table(columns=list(rows[0]), data=[[row.get(k) for k in rows[0]] for row in rows])
         values["curves"] = wandb.Image(str(run.folder / "curves.png"))
@@ -3309,13 +3322,24 @@ def wandb_reachable() -> bool:
         return False
 
 
+def say_best_on_validation(run: Run) -> None:
+    """The checkpoint with the highest Acc@t2 on the validation rows; a choice that is left to the reader."""
+    validated = [e for e in run.evals() if "held_out" in e and not e["checkpoint"].endswith("/step_0")]
+    if not validated:
+        return
+    best, last = max(validated, key=lambda e: e["acc_attempt2"]), validated[-1]
+    stage = best["checkpoint"].partition("/")[0]
+    ends_stage = [e for e in validated if e["checkpoint"].startswith(stage)][-1] is best
+    place = run.folder / (stage if ends_stage else best["checkpoint"])
+    gone = "" if place.exists() else ", no longer kept (output.keep_checkpoints)"
+    say(f"Best on the {best['n']} validation rows: {place}{gone}, Acc@t2 {best['acc_attempt2']:.3f}"
+        + f"; the last, which goes on to output.*, {last['acc_attempt2']:.3f}" * (best is not last) + ".")
+
+
 def hand_over(args: argparse.Namespace, config: Config, run: Run, policy: Policy) -> None:
     """When all is trained, one process goes on alone: the table, the merged model, the upload."""
     say("\n" + results_table(run.evals()), always=True)
-    if validated := [e for e in run.evals() if "held_out" in e]:
-        best = max(validated, key=lambda e: e["acc_attempt2"])
-        say(f"Of the checkpoints {best['checkpoint']} has the highest Acc@t2 on the {best['n']} validation rows, "
-            f"{best['acc_attempt2']:.3f}; the last one has {validated[-1]['acc_attempt2']:.3f}.")
+    say_best_on_validation(run)
     if run.wandb:
         with at_the_loggers_risk(run):
             run.wandb.finish()

@@ -730,9 +730,12 @@ def test_validation_is_reported_as_such(validated: SimpleNamespace) -> None:
     table = (validated.folder / "results.md").read_text()
     assert re.search(r"^\| stage2/step_2 \(validation\) ", table, re.MULTILINE)
     assert re.search(r"^\| stage2 ", table, re.MULTILINE)
-    best = max((line for line in events(validated.folder) if "held_out" in line), key=lambda e: e["acc_attempt2"])
-    (line,) = [line for line in validated.stdout.splitlines() if "8 validation rows" in line]
-    assert line.startswith(f"Of the checkpoints {best['checkpoint']} has the highest Acc@t2")
+    (line,) = [line for line in validated.stdout.splitlines() if line.startswith("Best on the 8 validation rows: ")]
+    scores = {line["checkpoint"]: line["acc_attempt2"] for line in events(validated.folder) if "held_out" in line}
+    del scores["stage1/step_0"]  # before any training
+    best = max(scores, key=scores.get)
+    folder = {"stage1/step_4": "stage1", "stage2/step_4": "stage2"}.get(best, best)
+    assert line.split(": ")[1].startswith(f"{validated.folder / folder}, Acc@t2 {scores[best]:.3f}")
     card = (validated.folder / "stage2" / "step_2" / "README.md").read_text()
     assert "`stage2/step_2` is this adapter on held-out rows" in card
 
@@ -755,13 +758,31 @@ def test_a_run_killed_in_its_validation_goes_on_as_if_it_had_not_been(
     assert_same_run(folder, validated.folder)
 
 
+def test_stage_two_alone_validates_from_its_start_and_warns_of_an_adapter_that_saw_other_rows(
+    run_here: Callable[..., Any], validated: SimpleNamespace, full_run: SimpleNamespace, tmp_path: Path
+) -> None:
+    start = ["--start-stage", "2", "--resume-adapter"]
+    short = ["--set", "train.checkpoint_every=1", "output.keep_checkpoints=1"]
+    for name, adapter, warned in (("own", validated.folder, False), ("other", full_run.folder, True)):
+        code, printed = run_here(*start, str(adapter / "stage1"), *VALIDATION, *short, "--set", f"run_name={name}")
+        assert code == 0, printed
+        assert ("may have seen the eval.validation ones" in printed) == warned
+        found = [line["checkpoint"] for line in events(tmp_path / name) if "held_out" in line]
+        assert found == [f"stage2/step_{step}" for step in range(5)]
+    code, printed = run_here("--smoke", "4", *VALIDATION)
+    assert code == 0, printed
+    assert {line["n"] for line in events(tmp_path / "run-smoke") if "held_out" in line} == {4}
+
+
 def test_validation_rows_are_the_same_for_every_seed_and_leave_rows_to_train_on(
     run_here: Callable[..., Any], validated: SimpleNamespace, tmp_path: Path
 ) -> None:
     rows = [train.Example(str(i), "", []) for i in range(30)]
     kept, held_out = train.hold_out(rows, 10)
     assert sorted(rows.index(row) for row in kept + held_out) == list(range(30))
-    assert train.hold_out(rows, 10) == (kept, held_out)
+    assert {row.question for row in train.hold_out(rows[::-1], 10)[1]} == {row.question for row in held_out}
+    twice = train.hold_out(rows + rows, 10)
+    assert not {row.question for row in twice[0]} & {row.question for row in twice[1]}
     assert train.hold_out(rows, 0) == (rows, [])
     code, printed = run_here("--set", "eval.validation=24")
     assert (code, printed.strip()) == (2, "eval.validation: 24 leaves nothing of 24 train examples; lower it")
