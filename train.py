@@ -3327,7 +3327,7 @@ def say_best_on_validation(run: Run) -> None:
     validated = [e for e in run.evals() if "held_out" in e and not e["checkpoint"].endswith("/step_0")]
     if not validated:
         return
-    best, last = max(validated, key=lambda e: e["acc_attempt2"]), validated[-1]
+    best, last = max(reversed(validated), key=lambda e: e["acc_attempt2"]), validated[-1]  # the latest of equals
     stage = best["checkpoint"].partition("/")[0]
     ends_stage = [e for e in validated if e["checkpoint"].startswith(stage)][-1] is best
     place = run.folder / (stage if ends_stage else best["checkpoint"])
