@@ -844,8 +844,8 @@ def train_stage(policy: Policy, examples: list[Example], stage: int, config: Con
                 steps_before: int, validate: Callable[[int, int], None]) -> None:
     """One stage: roll out, improve, write down. Stage I and II differ in `stage_terms` alone.
 
-    `checkpoint` is a mid-stage one to go on from; `validate` is called after every one. Raises Interrupted after
-    saving, RunError when train.max_skipped_steps steps in a row had a loss or gradient that is not finite."""
+    `checkpoint` is a mid-stage one to go on from; `validate(stage, step)` is called after every one. Raises Interrupted
+    after saving, RunError when train.max_skipped_steps steps in a row had a loss or gradient that is not finite."""
     train, seed = config.train, f"{config.train.seed}/stage{stage}"
     corrections = getattr(train, f"stage{stage}_corrections")
     firsts = train.num_generations // corrections  # of each problem
@@ -947,7 +947,7 @@ def train_and_evaluate(args: argparse.Namespace, config: Config) -> tuple[Run, P
     PROCESSES.wait_for_everyone()  # until all have read the folder
     tokenizer = load_tokenizer(config)
     train, test = load_examples(config, tokenizer)
-    train, validation = hold_out(train, config.eval.validation, args.resume_adapter)
+    train, validation = hold_out(train, config.eval.validation, None if args.eval_only else args.resume_adapter)
     train = train[: args.smoke] if args.smoke else train
     test = test[: config.eval.max_examples]
     steps = {stage: 0 if args.eval_only else len(stage_batches(stage, len(train), config, stage >= args.start_stage))
@@ -972,7 +972,7 @@ def train_and_evaluate(args: argparse.Namespace, config: Config) -> tuple[Run, P
             run.log(event | {"global_step": step} | extra, [row | extra for row in samples])
 
     def validate(stage: int, step: int) -> None:
-        if validation:
+        if validation and (step == steps[stage] or step % (config.train.checkpoint_every or steps[stage]) == 0):
             record(f"stage{stage}/step_{step}", steps[1] * (stage - 1) + step, validation, held_out="validation")
 
     if args.eval_only:
@@ -3333,7 +3333,7 @@ def say_best_on_validation(run: Run) -> None:
     place = run.folder / (stage if ends_stage else best["checkpoint"])
     gone = "" if place.exists() else ", no longer kept (output.keep_checkpoints)"
     say(f"Best on the {best['n']} validation rows: {place}{gone}, Acc@t2 {best['acc_attempt2']:.3f}"
-        + f"; the last, which goes on to output.*, {last['acc_attempt2']:.3f}" * (best is not last) + ".")
+        + f"; of the last, which output.* merges and pushes, {last['acc_attempt2']:.3f}" * (best is not last) + ".")
 
 
 def hand_over(args: argparse.Namespace, config: Config, run: Run, policy: Policy) -> None:

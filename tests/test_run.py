@@ -758,6 +758,28 @@ def test_a_run_killed_in_its_validation_goes_on_as_if_it_had_not_been(
     assert_same_run(folder, validated.folder)
 
 
+def test_a_checkpoint_made_by_a_signal_is_no_reason_to_validate(
+    run_here: Callable[..., Any], validated: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    improve, steps = train.improve, []
+
+    def signalled(*args: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 1:  # step 1, where no checkpoint is due
+            os.kill(os.getpid(), signal.SIGTERM)
+        return improve(*args)
+
+    monkeypatch.setattr(train, "improve", signalled)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "SIGNALS_SEEN", [])
+        code, _ = run_here(*VALIDATION)
+    assert code == 130
+    assert (tmp_path / "run" / "stage1" / "step_1" / "state.json").exists()
+    code, printed = run_here(*VALIDATION, "--resume")
+    assert code == 0, printed
+    assert_same_run(tmp_path / "run", validated.folder)
+
+
 def test_stage_two_alone_validates_from_its_start_and_warns_of_an_adapter_that_saw_other_rows(
     run_here: Callable[..., Any], validated: SimpleNamespace, full_run: SimpleNamespace, tmp_path: Path
 ) -> None:
