@@ -236,7 +236,6 @@ class TrainConfig(Section):
     stage1_corrections: int = Field(1, ge=1)
     stage2_corrections: int = Field(1, ge=1)
     oversample: int = Field(1, ge=1)
-    reference_attempts: Real = Field(0.0, ge=0, lt=1)
     importance_clip: Real | None = Field(None, gt=0)
     length_norm: Literal["sequence", "constant"] = "sequence"
     generation_temperature: Real = Field(1.0, gt=0)
@@ -522,34 +521,24 @@ class Attempt:
     correct: list[bool]
     flexible: list[bool]  # correct if a lenient reader looks for the answer: for diagnosis, never a reward
     truncated: list[bool]  # the budget ended it, not EOS
-    by_reference: list[bool]  # drawn from the reference policy: not trained on
     sampled_log_probs: list[list[float]] | None  # by the decoder, under softmax(logits / T)
     seconds: float
 
 
 def roll_out(policy: Policy, examples: list[Example], config: Config, temperature: float, seed: str,
-             attempts: int = 2, corrections: int = 1, by_reference: int = 0) -> list[Attempt]:
+             attempts: int = 2, corrections: int = 1) -> list[Attempt]:
     """Samples the attempts at every example one after the other; returns [attempt 1, attempt 2, ...] with rewards.
 
     A later prompt holds the attempts before it verbatim, reasoning included. With `corrections` m a first attempt
-    stands in m rows, one after the other, and is corrected in each anew. The reference policy makes the first attempts
-    at the last `by_reference` examples. Raises RewardError.
+    stands in m rows, one after the other, and is corrected in each anew. Raises RewardError.
 
     Several processes take a share of the examples each, and all return the whole."""
     rank, processes = PROCESSES.process_index, PROCESSES.num_processes
     first_row, end = (number * len(examples) // processes for number in (rank, rank + 1))
-    own = max(0, min(end, len(examples) - by_reference) - first_row)
     examples, seed = examples[first_row:end], f"{seed}/process {rank}" if rank else seed
     with policy.decoder.conversation() if policy.decoder else nullcontext():
         prompts = [example.prompt for example in examples]
-        made = [make_attempt(policy, prompts[:own], examples[:own], config, temperature, f"{seed}/1")]
-        if own < len(examples):
-            if policy.decoder:
-                policy.decoder.forget()  # the policy's own K/V of what the reference writes is another
-            with reference(policy):
-                drawn = make_attempt(policy, prompts[own:], examples[own:], config, temperature, f"{seed}/reference")
-            drawn.by_reference = [True] * len(drawn.texts)
-            made = [joined([*made, drawn])]
+        made = [make_attempt(policy, prompts, examples, config, temperature, f"{seed}/1")]
         if corrections > 1:
             repeated = [row for row in range(len(examples)) for _ in range(corrections)]
             made, examples = [picked(made[0], repeated)], [examples[row] for row in repeated]
@@ -577,8 +566,7 @@ def make_attempt(policy: Policy, prompts: list[list[int]], examples: list[Exampl
     rewards, correct = grade(texts, targets, config.reward, named)
     truncated = [len(written) == len(completion) for written, completion in zip(without_end, completions, strict=True)]
     answers, flexible = diagnose(texts, targets, truncated, extract)
-    own = [False] * len(texts)
-    return Attempt(prompts, completions, texts, answers, rewards, correct, flexible, truncated, own, log_probs, seconds)
+    return Attempt(prompts, completions, texts, answers, rewards, correct, flexible, truncated, log_probs, seconds)
 
 
 def sample(
@@ -709,21 +697,17 @@ def advantages(returns: torch.Tensor, train: TrainConfig, together: int | None =
     return (groups - others).view(-1)
 
 
-def credits_of(attempts: list[Attempt], terms: list[tuple[torch.Tensor, float]], train: TrainConfig,
-               m: int) -> torch.Tensor:
-    """The advantage of every attempt [attempts, B]; 0 where the reference made it.
+def credits_of(terms: list[tuple[torch.Tensor, float]], train: TrainConfig, m: int) -> torch.Tensor:
+    """The advantage of every attempt [attempts, B].
 
     With m > 1 corrections of a first attempt each is compared with the m - 1 others of the same one, all else being
     equal; a first attempt, which stands in m rows, is compared with other first attempts by its mean return."""
-    credit = torch.zeros(len(attempts), len(attempts[0].texts))
-    for number, (attempt, (returns, _)) in enumerate(zip(attempts, terms, strict=True)):
-        own = ~torch.tensor(attempt.by_reference)
-        if number and m > 1:
-            credit[number] = advantages(returns, train, m)
-        else:
-            means = returns[own].view(-1, m).mean(1)
-            credit[number, own] = advantages(means, train, train.num_generations // m).repeat_interleave(m)
-    return credit
+    def credit(returns: torch.Tensor, corrects: bool) -> torch.Tensor:
+        if corrects and m > 1:
+            return advantages(returns, train, m)
+        return advantages(returns.view(-1, m).mean(1), train, train.num_generations // m).repeat_interleave(m)
+
+    return torch.stack([credit(returns, corrects=number > 0) for number, (returns, _) in enumerate(terms)])
 
 
 def with_signal(attempts: list[Attempt], stage: int, train: TrainConfig) -> tuple[list[Attempt], float]:
@@ -732,7 +716,7 @@ def with_signal(attempts: list[Attempt], stage: int, train: TrainConfig) -> tupl
     Where all rollouts of a problem earn alike, every advantage is 0 and only the KL terms would pull. One problem in
     `oversample` is trained, in the order of the batch; those without signal are the first to be left out."""
     terms, rows = terms_of(attempts, stage, train), train.num_generations
-    credit = credits_of(attempts[: len(terms)], terms, train, getattr(train, f"stage{stage}_corrections"))
+    credit = credits_of(terms, train, getattr(train, f"stage{stage}_corrections"))
     silent = credit.view(len(terms), -1, rows).abs().amax((0, 2)) < 1e-6  # [problems]
     kept = silent.int().argsort(stable=True)[: len(silent) // train.oversample].sort().values
     kept = [int(problem) * rows + row for problem in kept for row in range(rows)]
@@ -748,13 +732,11 @@ def accumulate_gradients(policy: Policy, attempts: list[Attempt], terms: list[tu
     to the parameters, a micro-batch of conversations at a time: attempt 2's row begins with attempt 1's, so one forward
     pass of the policy, one of the reference and one backward pass serve both. `terms` holds each attempt's returns [B]
     and kappa. A is the advantage, N the completion's own length (`sequence`) or the token budget (`constant`, Dr.
-    GRPO). Rows whose first attempt is the reference's train attempt 2 alone. With `importance_clip` C, A is weighted
-    a token by min(pi / sampler, C): truncated importance sampling, for a sampler whose probabilities are a little off.
-    Returns each attempt's share of the loss and its token statistics."""
+    GRPO). With `importance_clip` C, A is weighted a token by min(pi / sampler, C): truncated importance sampling, for
+    a sampler whose probabilities are a little off. Returns each attempt's share of the loss and token statistics."""
     budgets, last = (train.max_new_tokens_attempt1, train.max_new_tokens_attempt2), attempts[-1]
-    credits = credits_of(attempts, terms, train, corrections).tolist()
-    counted = [attempt.by_reference.count(False) for attempt in attempts]
-    sums = torch.zeros(len(attempts), 4, device=DEVICE)  # loss, KL, drift, tokens: read once, at the end
+    credits, tokens = credits_of(terms, train, corrections).tolist(), [0] * len(attempts)
+    sums = torch.zeros(len(attempts), 3, device=DEVICE)  # loss, KL, drift: read once, at the end
     peaks = torch.zeros(len(attempts), device=DEVICE)
     for rows in micro_batches(last, policy.micro_tokens):
         prompts = [attempt.prompts[r] for attempt in attempts for r in rows]  # attempt by attempt
@@ -765,29 +747,28 @@ def accumulate_gradients(policy: Policy, attempts: list[Attempt], terms: list[tu
             reference_log_probs = completion_log_probs(*batch)
         log_probs = completion_log_probs(*batch)  # [N]
         lengths = torch.tensor([len(completion) for completion in completions])
-        norms = [count * (len(attempt.completions[r]) if train.length_norm == "sequence" else budget)
-                 for attempt, count, budget in zip(attempts, counted, budgets, strict=False) for r in rows]
-        own = torch.tensor([[not attempt.by_reference[r]] for attempt in attempts for r in rows])
+        norms = lengths if train.length_norm == "sequence" else torch.tensor(
+            [budget for _, budget in zip(attempts, budgets, strict=False) for _ in rows])
         weights = torch.tensor([[credit[r], kappa] for credit, (_, kappa) in zip(credits, terms, strict=True)
-                                for r in rows]) / torch.tensor(norms)[:, None] * own
-        columns = torch.cat([weights, own], 1).repeat_interleave(lengths, 0).to(DEVICE)
-        credit, kappa, own = columns.unbind(1)  # [N] each
+                                for r in rows]) / (len(last.texts) * norms)[:, None]
+        credit, kappa = weights.repeat_interleave(lengths, 0).to(DEVICE).unbind(1)  # [N] each
         drift = torch.zeros_like(log_probs)
         if last.sampled_log_probs is not None:
             sampled = torch.tensor([p for a in attempts for r in rows for p in a.sampled_log_probs[r]], device=DEVICE)
-            drift = (log_probs.detach() - sampled) * own
+            drift = log_probs.detach() - sampled
             if train.importance_clip:
                 credit = credit * drift.exp().clamp(max=train.importance_clip)
-        kl = k3(log_probs, reference_log_probs) * own
+        kl = k3(log_probs, reference_log_probs)
         loss = kappa * kl - credit * log_probs
         loss.sum().backward()
         counts = lengths.view(len(attempts), -1).sum(1).tolist()
-        parts = zip(*(values.detach().split(counts) for values in (loss, kl, drift, own)), strict=True)
-        for number, (loss, kl, drift, own) in enumerate(parts):
-            sums[number] += torch.stack([loss.sum(), kl.sum(), drift.abs().sum(), own.sum()])
+        parts = zip(*(values.detach().split(counts) for values in (loss, kl, drift)), strict=True)
+        for number, (loss, kl, drift) in enumerate(parts):
+            sums[number] += torch.stack([loss.sum(), kl.sum(), drift.abs().sum()])
+            tokens[number] += len(loss)
             peaks[number] = torch.maximum(peaks[number], kl.max())  # keeps a NaN
-    return [dict(loss=loss, kl_sum=kl, drift_sum=drift, kl_max=peak, tokens=tokens)
-            for (loss, kl, drift, tokens), peak in zip(sums.tolist(), peaks.tolist(), strict=True)]
+    return [dict(loss=loss, kl_sum=kl, drift_sum=drift, kl_max=peak, tokens=count)
+            for (loss, kl, drift), peak, count in zip(sums.tolist(), peaks.tolist(), tokens, strict=True)]
 
 
 def improve(policy: Policy, optimizer: torch.optim.Optimizer, attempts: list[Attempt], stage: int,
@@ -863,9 +844,8 @@ def train_stage(policy: Policy, examples: list[Example], stage: int, config: Con
             group["lr"] = train.learning_rate * min(1.0, step / max(1, train.warmup_steps))
         torch.manual_seed(random.Random(f"{seed}/{step}").getrandbits(31))  # LoRA dropout, and whatever else draws
         start = time.perf_counter()
-        seeded = int(train.reference_attempts * len(batches[step - 1])) * firsts if stage == 2 else 0
         attempts = roll_out(policy, rows, config, train.generation_temperature, f"{seed}/{step}",
-                            corrections=corrections, by_reference=seeded)
+                            corrections=corrections)
         rolled_out = time.perf_counter()
         rows = [row for row in rows for _ in range(corrections)]
         chosen, silent = with_signal(attempts, stage, train)
@@ -1199,16 +1179,9 @@ def budget_faults(config: Config) -> list[str]:
                 f"train.stage{stage}_batch_size: baseline {train.baseline} needs at least 2 first attempts a step; "
                 "raise the batch or num_generations, or set train.baseline to none"
             )
-    drawn, firsts = int(train.reference_attempts * problems), train.num_generations // m
-    if train.baseline != "none" and drawn and (problems - drawn) * firsts == 1:
-        faults.append(f"train.reference_attempts: {train.reference_attempts:g} leaves one first attempt of the policy "
-                      "itself in a batch; lower it or raise train.stage2_batch_size")
     if train.oversample > 1 and (train.baseline != "leave_one_out" or train.num_generations == 1):
         faults.append(f"train.oversample: {train.oversample} needs rollouts of one problem to compare; raise "
                       "train.num_generations and set train.baseline to leave_one_out, or set it to 1")
-    if train.oversample > 1 and train.reference_attempts:
-        faults.append("train.oversample: may leave no first attempt of the policy itself beside reference_attempts; "
-                      "set one of them to its default")
     if config.model.fast_inference and config.model.decoder != "auto":
         faults.append(f"model.decoder: {config.model.decoder} leaves nothing to model.fast_inference; set it to auto")
     for section in ("train", "eval") if config.model.fast_inference else ():
@@ -2993,17 +2966,9 @@ def progress(items: Any, title: str, **kwargs: Any) -> tqdm:
 
 
 def rollout_means(attempts: list[Attempt], corrections: int) -> dict[str, float]:
-    """What a step's metrics say of its rollouts: `attempt_means` of the policy's own, their gap, how well mistakes of
-    the reference are mended where it made some, and the speed."""
-    of_reference = attempts[0].by_reference
-    own, theirs = ([picked(attempt, [row for row, drawn in enumerate(of_reference) if drawn == whose])
-                    for attempt in attempts] for whose in (False, True))
-    means = attempt_means(own)
+    """What a step's metrics say of its rollouts: `attempt_means`, the gap of their rewards, and the speed."""
+    means = attempt_means(attempts)
     means["reward_gap"] = means["reward_attempt2"] - means["reward_attempt1"]
-    if any(of_reference):
-        of_theirs = attempt_means(theirs)
-        means |= {f"{key}_of_reference": of_theirs[key] for key in (
-            "acc_attempt1", "acc_attempt2", "wrong_to_correct", "correct_to_wrong", "wrong_mended")}
     made = attempts[0].completions[::corrections] + attempts[1].completions
     return means | {"tokens_per_second": sum(map(len, made)) / sum(attempt.seconds for attempt in attempts)}
 

@@ -216,7 +216,6 @@ def random_attempt(
         correct=[False] * rows,
         flexible=[False] * rows,
         truncated=[row % 2 == 0 for row in range(rows)],
-        by_reference=[False] * rows,
         sampled_log_probs=None,
         seconds=1.0,
     )

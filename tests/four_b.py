@@ -65,7 +65,7 @@ def attempts_of(train: Any, policy: Any, rows: int, lengths: tuple[int, int, int
     longer = [prompt + completion + policy.bridge for prompt, completion in zip(prompts, first, strict=True)]
     return [train.Attempt(prompts=before, completions=completions, texts=[""] * rows, answers=[""] * rows,
                           rewards=[rng.random() for _ in range(rows)], correct=[False] * rows, flexible=[False] * rows,
-                          truncated=[True] * rows, by_reference=[False] * rows, sampled_log_probs=None, seconds=0.0)
+                          truncated=[True] * rows, sampled_log_probs=None, seconds=0.0)
             for before, completions in ((prompts, first), (longer, second))]  # fmt: skip
 
 

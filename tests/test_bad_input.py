@@ -236,10 +236,6 @@ CASES = [
         "train.oversample: 2 needs rollouts of one problem to compare; raise train.num_generations and set "
         "train.baseline to leave_one_out, or set it to 1",
     ], {"train.oversample": 2, "train.num_generations": 2, "train.baseline": "batch"}),
-    Case("oversampling beside attempts of the reference", [
-        "train.oversample: may leave no first attempt of the policy itself beside reference_attempts; set one of them "
-        "to its default",
-    ], {"train.oversample": 2, "train.num_generations": 2, "train.reference_attempts": 0.5}),
     Case("corrections that do not fill a problem's rollouts", [
         "train.stage1_corrections: 3 does not divide train.num_generations, which is 4",
     ], {"train.num_generations": 4, "train.stage1_corrections": 3}),

@@ -818,15 +818,13 @@ def test_a_model_that_caps_its_logits_is_refused(make_policy: Callable[..., Any]
 
 def test_corrections_of_one_first_attempt_are_compared_with_each_other():
     keys = settings_of(alpha=1.0, beta1=0.01, beta2=0.2)
-    attempts = random_attempts(random.Random(0), 6, (4, 4), 1)
     r1, r2 = torch.tensor([1.0, 1, 0, 0, 0, 0]), torch.tensor([1.0, 0, 0, 1, 1, 1])
-    credit = train.credits_of(attempts, train.stage_terms(2, r1, r2, keys), keys, 2)
+    credit = train.credits_of(train.stage_terms(2, r1, r2, keys), keys, 2)
     assert credit[0].tolist() == [1, 1, -0.5, -0.5, -0.5, -0.5], "three first attempts, each in two rows"
     assert credit[1].tolist() == [2, -2, -2, 2, 0, 0], "(1 + alpha) (r2 - the other's r2): r1 cancels"
     keys = settings_of(alpha=0.0, beta1=0.01, beta2=0.2, num_generations=4)
-    attempts = random_attempts(random.Random(0), 8, (4, 4), 1)
     r1 = torch.tensor([1.0, 1, 0, 0, 0, 0, 0, 0])
-    credit = train.credits_of(attempts, train.stage_terms(2, r1, torch.zeros(8), keys), keys, 2)
+    credit = train.credits_of(train.stage_terms(2, r1, torch.zeros(8), keys), keys, 2)
     assert credit[0].tolist() == [1, 1, -1, -1, 0, 0, 0, 0], "with first attempts at its own problem, where there are"
 
 
@@ -861,30 +859,3 @@ def test_corrections_with_signal_are_compared_within_a_first_attempt() -> None:
     for stage, silent in ((1, 1.0), (2, 0.5)):
         keys = settings_of(num_generations=4, stage1_corrections=2, stage2_corrections=2)
         assert train.with_signal(attempts, stage, keys) == (attempts, silent)
-
-
-def test_a_first_attempt_of_the_reference_is_not_credited_but_its_correction_is():
-    keys = settings_of(alpha=0.0, beta1=0.01, beta2=0.2, num_generations=2)
-    attempts = random_attempts(random.Random(0), 6, (4, 4), 1)
-    attempts[0].by_reference = [False] * 4 + [True] * 2
-    r1, r2 = torch.tensor([1.0, 0, 1, 1, 1, 0]), torch.tensor([1.0, 1, 0, 1, 1, 0])
-    credit = train.credits_of(attempts, train.stage_terms(2, r1, r2, keys), keys, 1)
-    assert credit.tolist() == [[1, -1, 0, 0, 0, 0], [0, 0, -1, 1, 1, -1]]
-
-
-def test_rows_of_the_reference_leave_no_trace_of_attempt_1_in_gradient_or_statistics(policy, monkeypatch):
-    """The same gradient as where the attempt 1 of such a row is something else altogether; means over the others."""
-    perturb(policy)
-    train_keys = settings_of(baseline="none", alpha=0.0, beta1=0.1, beta2=0.2)
-    attempts = random_attempts(random.Random(0), 4, (4, 4), 1)
-    attempts[0].by_reference = [False, False, True, True]
-    terms = [(torch.tensor([1.0, 2, 3, 4]), 0.1), (torch.zeros(4), 0.0)]
-    policy.model.zero_grad()
-    stats = train.accumulate_gradients(policy, attempts, terms, train_keys)
-    mixed = [w.grad.clone() for w in policy.trainable.values()]
-    policy.model.zero_grad()
-    own = [train.picked(attempt, [0, 1]) for attempt in attempts]
-    alone = train.accumulate_gradients(policy, own, [(terms[0][0][:2], 0.1), (torch.zeros(2), 0.0)], train_keys)
-    for a, w in zip(mixed, policy.trainable.values(), strict=True):
-        torch.testing.assert_close(a, w.grad, atol=1e-6, rtol=1e-4)
-    assert stats[0] == pytest.approx(alone[0], rel=1e-4)
