@@ -228,6 +228,7 @@ class TrainConfig(Section):
     learning_rate: Real = Field(1e-5, gt=0)
     max_grad_norm: Real = Field(1.0, gt=0)
     warmup_steps: int = Field(0, ge=0)
+    lr_decay: Real = Field(0.0, ge=0, le=1)
     alpha: Real = Field(10.0, ge=0)
     beta1: Real = Field(0.01, ge=0)
     beta2: Real = Field(0.1, ge=0)
@@ -821,6 +822,13 @@ def improve(policy: Policy, optimizer: torch.optim.Optimizer, attempts: list[Att
 # ---------------------------------------------------------------------------------------------------------- a stage
 
 
+def learning_rate(step: int, steps: int, train: TrainConfig) -> float:
+    """The rate of a stage's step, 1 to `steps`: a trapezoid. Linear warm-up over `warmup_steps`, then constant, and
+    over the last share `lr_decay` of the stage linearly towards 0, so that it ends in weights that have settled."""
+    rise, fall = step / max(1, train.warmup_steps), (steps + 1 - step) / max(1.0, train.lr_decay * steps)
+    return train.learning_rate * min(1.0, rise, fall)
+
+
 def train_stage(policy: Policy, examples: list[Example], stage: int, config: Config, run: Run, checkpoint: Path | None,
                 steps_before: int, validate: Callable[[int, int], None]) -> None:
     """One stage: roll out, improve, write down. Stage I and II differ in `stage_terms` alone.
@@ -840,8 +848,9 @@ def train_stage(policy: Policy, examples: list[Example], stage: int, config: Con
     bar = progress(range(done + 1, len(batches) + 1), f"Stage {'I' * stage}", initial=done, total=len(batches))
     for step in bar:
         rows = [examples[i] for i in batches[step - 1] for _ in range(firsts)]
+        rate = learning_rate(step, len(batches), train)
         for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate * min(1.0, step / max(1, train.warmup_steps))
+            group["lr"] = rate
         torch.manual_seed(random.Random(f"{seed}/{step}").getrandbits(31))  # LoRA dropout, and whatever else draws
         start = time.perf_counter()
         attempts = roll_out(policy, rows, config, train.generation_temperature, f"{seed}/{step}",
@@ -849,7 +858,7 @@ def train_stage(policy: Policy, examples: list[Example], stage: int, config: Con
         rolled_out = time.perf_counter()
         rows = [row for row in rows for _ in range(corrections)]
         chosen, silent = with_signal(attempts, stage, train)
-        update = improve(policy, optimizer, chosen, stage, config) | {"without_signal": silent}
+        update = improve(policy, optimizer, chosen, stage, config) | {"without_signal": silent, "learning_rate": rate}
         where = {"event": "train", "stage": stage, "step": step}
         event = where | {"global_step": steps_before + step} | rollout_means(attempts, corrections)
         event |= update | {"seconds_rollout": rolled_out - start, "seconds_update": time.perf_counter() - rolled_out,

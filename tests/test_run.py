@@ -44,6 +44,7 @@ TRAIN_KEYS = {
     "kl_attempt1",
     "kl_attempt2",
     "grad_norm",
+    "learning_rate",
     "acc_attempt1",
     "acc_attempt2",
     "completion_tokens_attempt1",
@@ -104,6 +105,7 @@ def config_file(model_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPa
             "seed": 1,
             "checkpoint_every": 2,
             "warmup_steps": 3,
+            "lr_decay": 0.5,
         },
     }
     file = tmp_path_factory.mktemp("config") / "run.yaml"
@@ -632,6 +634,36 @@ def test_resume_goes_on_from_the_newest_complete_checkpoint(
     assert code == 0, printed
     assert_same_run(folder, full_run.folder)
     assert (folder / "results.md").read_text() == (full_run.folder / "results.md").read_text()
+
+
+def test_the_learning_rate_of_every_step_is_a_trapezoid(
+    run_here: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warm-up over three steps, and over the last two of six (lr_decay 0.5) it falls, in each stage anew."""
+    used, step = [], train.torch.optim.AdamW.step
+
+    def recorded(optimizer: Any, *args: Any, **how: Any) -> Any:
+        used.extend(group["lr"] for group in optimizer.param_groups)
+        return step(optimizer, *args, **how)
+
+    monkeypatch.setattr(train.torch.optim.AdamW, "step", recorded)
+    code, printed = run_here()
+    assert code == 0, printed
+    expected = [0.02 * share for share in (1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3)] * 2
+    assert used == pytest.approx(expected)
+    logged = [line["learning_rate"] for line in events(tmp_path / "run") if line["event"] == "train"]
+    assert logged == used
+
+
+@pytest.mark.parametrize(("steps", "decay", "shares"), [
+    (4, 0.0, [1, 1, 1, 1]),
+    (4, 1.0, [1, 0.75, 0.5, 0.25]),
+    (5, 0.4, [1, 1, 1, 1, 0.5]),
+    (2, 0.1, [1, 1]),  # less than a step
+])  # fmt: skip
+def test_a_decay_ends_one_step_above_zero(steps: int, decay: float, shares: list[float]) -> None:
+    keys = SimpleNamespace(learning_rate=1.0, warmup_steps=0, lr_decay=decay)
+    assert [train.learning_rate(step, steps, keys) for step in range(1, steps + 1)] == pytest.approx(shares)
 
 
 def test_old_mid_stage_checkpoints_are_pruned_on_request(run_here: Callable[..., Any], tmp_path: Path) -> None:
