@@ -3,7 +3,7 @@
 The training log shows it as both attempts; the evaluations ask for a second one as ever.
 
     python tests/single_attempt.py --config configs/gsm8k.yaml --set run_name=single train.stage1_epochs=0 \\
-        train.stage2_epochs=0.162
+        train.stage2_epochs=0.543
 """
 
 from __future__ import annotations
