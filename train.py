@@ -230,7 +230,6 @@ class TrainConfig(Section):
     warmup_steps: int = Field(0, ge=0)
     lr_decay: Real = Field(0.0, ge=0, le=1)
     alpha: Real = Field(10.0, ge=0)
-    attempt1_weight: Real = Field(1.0, ge=0)
     beta1: Real = Field(0.01, ge=0)
     beta2: Real = Field(0.1, ge=0)
     baseline: Literal["leave_one_out", "batch", "none"] = "leave_one_out"
@@ -674,12 +673,10 @@ def k3(log_probs: torch.Tensor, reference_log_probs: torch.Tensor) -> torch.Tens
 def stage_terms(stage: int, r1: torch.Tensor, r2: torch.Tensor, train: TrainConfig) -> list[tuple[torch.Tensor, float]]:
     """What differs between the stages: for each attempt its return R [B] and its KL weight kappa.
 
-    Stage I: attempt 1 earns nothing and is held by beta2. Stage II: attempt 2 earns r2 + alpha (r2 - r1), whose
-    differences are about 1 + alpha times attempt 1's; `attempt1_weight` (the paper: 1) evens them out."""
+    Stage I: attempt 1 earns nothing and is held by beta2. Stage II: attempt 2 earns r2 + alpha (r2 - r1)."""
     if stage == 1:
         return [(torch.zeros_like(r1), train.beta2), (r2, train.beta1)]
-    weight = train.attempt1_weight
-    return [(weight * r1, weight * train.beta1), (r2 + train.alpha * (r2 - r1), train.beta1)]
+    return [(r1, train.beta1), (r2 + train.alpha * (r2 - r1), train.beta1)]
 
 
 def terms_of(attempts: list[Attempt], stage: int, train: TrainConfig) -> list[tuple[torch.Tensor, float]]:
@@ -2749,7 +2746,8 @@ def check_same_config(file: Path, config: Config) -> None:
         raise UserError(f"--resume: {file} is damaged ({first_line(error)}); delete it if no key changed") from None
     then = {f"{name}.{key}": info.default for name, section in config if isinstance(section, Section)
             for key, info in type(section).model_fields.items()} | before  # a key that is younger than the file
-    changed = [f"{key} {then.get(key)!r} -> {now.get(key)!r}" for key in sorted(before.keys() | now.keys())
+    changed = [f"{key} {then.get(key)!r} -> {now.get(key, 'no key any more')!r}"
+               for key in sorted(before.keys() | now.keys())
                if then.get(key) != now.get(key) and (key == "eval.validation" or not key.startswith(HARMLESS_KEYS))]
     if changed:
         raise UserError(f"--resume: {file} was made with another config ({'; '.join(changed)}); put these back, or "

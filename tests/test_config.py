@@ -56,7 +56,6 @@ def config_file(raw_config: dict[str, Any], tmp_path: Path) -> Path:
         ("train.learning_rate", 0, ["greater than 0"]),
         ("train.learning_rate", float("nan"), ["nan"]),
         ("train.lr_decay", 1.5, ["less than or equal to 1"]),
-        ("train.attempt1_weight", -1, ["greater than or equal to 0"]),
         ("train.beta1", -0.1, ["greater than or equal to 0", "-0.1"]),
         ("train.beta1", float("inf"), ["finite"]),
         ("train.generation_temperature", 0, ["greater than 0"]),

@@ -293,17 +293,6 @@ def test_stage_two_pays_attempt_two_for_progress() -> None:
     assert (kappa1, kappa2) == (0.01, 0.01)
 
 
-def test_the_weight_of_attempt_one_takes_in_its_kl_and_leaves_stage_one_alone() -> None:
-    r1, r2 = torch.tensor([1.0, 0.0]), torch.tensor([0.25, 1.0])
-    keys, plain = settings_of(alpha=3.0, attempt1_weight=4.0), settings_of(alpha=3.0)
-    (first, kappa1), (second, kappa2) = train.stage_terms(2, r1, r2, keys)
-    assert (first.tolist(), kappa1) == ([4, 0], 4 * plain.beta1)
-    (_, _), (as_ever, kappa) = train.stage_terms(2, r1, r2, plain)
-    assert (second.tolist(), kappa2) == (as_ever.tolist(), kappa)
-    for weighted, unweighted in zip(*(train.stage_terms(1, r1, r2, k) for k in (keys, plain)), strict=True):
-        assert (weighted[0].tolist(), weighted[1]) == (unweighted[0].tolist(), unweighted[1])
-
-
 def test_leave_one_out_by_hand() -> None:
     rewards = torch.tensor([1.0, 0.0, 0.0, 3.0])
     over_batch = train.advantages(rewards, settings_of(baseline="leave_one_out"))

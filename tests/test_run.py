@@ -908,3 +908,11 @@ def test_a_run_of_before_a_key_existed_goes_on_with_its_default(make_config: Any
     train.check_same_config(file, make_config())
     with pytest.raises(train.UserError, match="train.oversample 1 -> 2"):
         train.check_same_config(file, make_config({"train.oversample": 2, "train.num_generations": 2}))
+
+
+def test_a_run_with_a_key_that_is_gone_is_refused_by_its_name(make_config: Any, tmp_path: Path) -> None:
+    tree, file = make_config().model_dump(), tmp_path / "config.yaml"
+    tree["train"]["bygone"] = 0.0
+    file.write_text(yaml.safe_dump(tree))
+    with pytest.raises(train.UserError, match="train.bygone 0.0 -> 'no key any more'"):
+        train.check_same_config(file, make_config())
