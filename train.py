@@ -749,7 +749,7 @@ def accumulate_gradients(policy: Policy, attempts: list[Attempt], terms: list[tu
         log_probs = completion_log_probs(*batch)  # [N]
         lengths = torch.tensor([len(completion) for completion in completions])
         norms = lengths if train.length_norm == "sequence" else torch.tensor(
-            [budget for _, budget in zip(attempts, budgets, strict=False) for _ in rows])
+            [budget for budget in budgets[: len(attempts)] for _ in rows])
         weights = torch.tensor([[credit[r], kappa] for credit, (_, kappa) in zip(credits, terms, strict=True)
                                 for r in rows]) / (len(last.texts) * norms)[:, None]
         credit, kappa = weights.repeat_interleave(lengths, 0).to(DEVICE).unbind(1)  # [N] each
@@ -824,7 +824,7 @@ def improve(policy: Policy, optimizer: torch.optim.Optimizer, attempts: list[Att
 
 def learning_rate(step: int, steps: int, train: TrainConfig) -> float:
     """The rate of a stage's step, 1 to `steps`: a trapezoid. Linear warm-up over `warmup_steps`, then constant, and
-    over the last share `lr_decay` of the stage linearly towards 0, so that it ends in weights that have settled."""
+    over the last share `lr_decay` of the stage linearly towards 0."""
     rise, fall = step / max(1, train.warmup_steps), (steps + 1 - step) / max(1.0, train.lr_decay * steps)
     return train.learning_rate * min(1.0, rise, fall)
 
@@ -2746,7 +2746,7 @@ def check_same_config(file: Path, config: Config) -> None:
         raise UserError(f"--resume: {file} is damaged ({first_line(error)}); delete it if no key changed") from None
     then = {f"{name}.{key}": info.default for name, section in config if isinstance(section, Section)
             for key, info in type(section).model_fields.items()} | before  # a key that is younger than the file
-    changed = [f"{key} {then.get(key)!r} -> {now.get(key, 'no key any more')!r}"
+    changed = [f"{key} {then.get(key)!r} -> {now[key]!r}" if key in now else f"{key}, which is no key any more"
                for key in sorted(before.keys() | now.keys())
                if then.get(key) != now.get(key) and (key == "eval.validation" or not key.startswith(HARMLESS_KEYS))]
     if changed:

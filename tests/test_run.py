@@ -914,5 +914,5 @@ def test_a_run_with_a_key_that_is_gone_is_refused_by_its_name(make_config: Any, 
     tree, file = make_config().model_dump(), tmp_path / "config.yaml"
     tree["train"]["bygone"] = 0.0
     file.write_text(yaml.safe_dump(tree))
-    with pytest.raises(train.UserError, match="train.bygone 0.0 -> 'no key any more'"):
+    with pytest.raises(train.UserError, match="train.bygone, which is no key any more"):
         train.check_same_config(file, make_config())
