@@ -79,9 +79,11 @@ def main() -> int:
     wanted = args.n_train + args.n_eval
     if len(failures) < wanted:
         rate = max(len(failures), 1) / len(examples)
-        print(f"--pool {args.pool}: {config.model.name} failed on {len(failures)} of {len(examples)} problems, and "
-              f"{wanted} are asked for; try --pool {round(1.1 * wanted / rate)}, more --digits, or fewer rows",
-              file=sys.stderr)
+        print(
+            f"--pool {args.pool}: {config.model.name} failed on {len(failures)} of {len(examples)} problems, and "
+            f"{wanted} are asked for; try --pool {round(1.1 * wanted / rate)}, more --digits, or fewer rows",
+            file=sys.stderr,
+        )
         return 2
     rows = [{"question": example.question, "answer": example.target} for example in failures]
     splits = {"train": rows[: args.n_train], "test": rows[args.n_train : wanted]}

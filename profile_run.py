@@ -63,11 +63,15 @@ def report_lengths(attempts, policy, config, longest: int) -> None:
             split = f"{percentiles(inside)} (in {len(inside)})" if inside else "no such tag"
             print(f"  <{tag}> tokens".ljust(21) + split)
         unanswered = attempt.answers.count("")
-        print(f"  cut off by the budget {sum(attempt.truncated) / count:.1%}, no answer {unanswered / count:.1%}, "
-              f"correct {sum(attempt.correct) / count:.1%} (in any format {sum(attempt.flexible) / count:.1%}), "
-              f"mean reward {sum(attempt.rewards) / count:.3f}")
-    print("\nRecommended budgets (completions: 99th percentile and a tenth; one that cut off more than 1% is doubled; "
-          "prompts:\nthe longest of all train and test rows that max_prompt_length_attempt1 lets in now)")
+        print(
+            f"  cut off by the budget {sum(attempt.truncated) / count:.1%}, no answer {unanswered / count:.1%}, "
+            f"correct {sum(attempt.correct) / count:.1%} (in any format {sum(attempt.flexible) / count:.1%}), "
+            f"mean reward {sum(attempt.rewards) / count:.3f}"
+        )
+    print(
+        "\nRecommended budgets (completions: 99th percentile and a tenth; one that cut off more than 1% is doubled; "
+        "prompts:\nthe longest of all train and test rows that max_prompt_length_attempt1 lets in now)"
+    )
     budgets = []
     for number, attempt in enumerate(attempts, 1):
         lengths = sorted(map(len, attempt.completions))
@@ -112,17 +116,21 @@ def time_rollout(train, policy, examples, config, name: str) -> tuple[float, lis
     temperature = config.train.generation_temperature
     first, attempts = timed(train, lambda: train.roll_out(policy, examples, config, temperature, "profile/0"))
     peak_memory(train)
-    runs = [timed(train, lambda i=i: train.roll_out(policy, examples, config, temperature, f"profile/{i}"))
-            for i in range(1, REPEATS + 1)]
+    runs = [
+        timed(train, lambda i=i: train.roll_out(policy, examples, config, temperature, f"profile/{i}"))
+        for i in range(1, REPEATS + 1)
+    ]
     seconds = statistics.median(run[0] for run in runs)
     rates, steps = [], []
     for _, attempts in runs:
         sampling = sum(a.seconds for a in attempts)
         rates.append(sum(len(c) for a in attempts for c in a.completions) / sampling)
         steps.append(1e3 * sampling / sum(max(map(len, a.completions)) for a in attempts))
-    print(f"{name:<42} {len(examples):>5} rows {statistics.median(rates):>9,.0f} tokens/s "
-          f"{statistics.median(steps):>8.2f} ms/token step {seconds:>8.2f} s (first {first:.2f} s) "
-          f"{peak_memory(train):>7.2f} GiB")
+    print(
+        f"{name:<42} {len(examples):>5} rows {statistics.median(rates):>9,.0f} tokens/s "
+        f"{statistics.median(steps):>8.2f} ms/token step {seconds:>8.2f} s (first {first:.2f} s) "
+        f"{peak_memory(train):>7.2f} GiB"
+    )
     return seconds, attempts
 
 
@@ -155,10 +163,14 @@ def time_decoding(train, policy, examples, sizes: list[int], new_tokens: int, na
         peak_memory(train)
         seconds = statistics.median(
             timed(train, lambda p=prompts, i=i: train.sample(policy, p, new_tokens, 1.0, f"decode/{i}"))[0]
-            for i in range(1, REPEATS + 1))
-        print(f"{name:<42} {size:>5} rows {size * new_tokens / seconds:>9,.0f} tokens/s "
-              f"{1e3 * seconds / new_tokens:>8.2f} ms/token step {seconds:>8.2f} s (first {first:.2f} s) "
-              f"{peak_memory(train):>7.2f} GiB", flush=True)
+            for i in range(1, REPEATS + 1)
+        )
+        print(
+            f"{name:<42} {size:>5} rows {size * new_tokens / seconds:>9,.0f} tokens/s "
+            f"{1e3 * seconds / new_tokens:>8.2f} ms/token step {seconds:>8.2f} s (first {first:.2f} s) "
+            f"{peak_memory(train):>7.2f} GiB",
+            flush=True,
+        )
     policy.eos_token_ids, policy.engine = eos, engine
     if policy.decoder:
         policy.decoder.eos.copy_(held)
@@ -205,8 +217,11 @@ def split_step(train, policy, optimizer, step) -> tuple[dict[str, float], Counte
         else:
             watch(train, "sample", lambda _: "sampling")
         watch(train, "grade", lambda _: "grading")
-        watch(train, "completion_log_probs",
-              lambda _: "policy forward" if torch.is_grad_enabled() else "reference forward")
+        watch(
+            train,
+            "completion_log_probs",
+            lambda _: "policy forward" if torch.is_grad_enabled() else "reference forward",
+        )
         watch(torch.Tensor, "backward", lambda _: "backward")
         watch(optimizer, "step", lambda _: "optimizer")
         stack.callback(backbone.register_forward_pre_hook(count, with_kwargs=True).remove)
@@ -222,8 +237,11 @@ def least_seconds(policy, attempts, tokens: Counter, tflops: float, terabytes: f
     import torch
 
     model, config, head = policy.model.get_base_model(), policy.model.config, policy.model.get_output_embeddings()
-    linears = [module for name, module in model.named_modules()
-               if isinstance(module, torch.nn.Linear) and "lora_" not in name and module is not head]
+    linears = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "lora_" not in name and module is not head
+    ]
     body, top = sum(m.in_features * m.out_features for m in linears), head.weight.numel()
     made = sum(len(c) for a in attempts for c in a.completions)
     recomputed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
@@ -237,8 +255,7 @@ def least_seconds(policy, attempts, tokens: Counter, tflops: float, terabytes: f
     weights = sum(m.weight.numel() * m.weight.element_size() for m in [*linears, head])
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     slot = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * head.weight.element_size()
-    read = sum(len(c) * (len(p) + len(c) / 2) for a in attempts
-               for p, c in zip(a.prompts, a.completions, strict=True))
+    read = sum(len(c) * (len(p) + len(c) / 2) for a in attempts for p, c in zip(a.prompts, a.completions, strict=True))
     limits = {part: count / tflops / 1e12 for part, count in flops.items()}
     return limits | {"token steps": (steps * weights + read * slot) / terabytes / 1e12}
 
@@ -266,8 +283,10 @@ def print_split(train, policy, optimizer, examples, config, card: str) -> None:
         print(f"  {part:<18} {seconds[part]:>9.3f} s {seconds[part] / total:>5.0%}{limit}")
     print(f"  {'step':<18} {total:>9.3f} s")
     if limits:
-        print(f"Limits: matrix products at {tflops} TFLOP/s (attention's own left out), in token steps weights and K/V "
-              f"read at {terabytes} TB/s")
+        print(
+            f"Limits: matrix products at {tflops} TFLOP/s (attention's own left out), in token steps weights and K/V "
+            f"read at {terabytes} TB/s"
+        )
 
 
 KINDS = (
@@ -355,8 +374,10 @@ def show_samples(folder: Path, checkpoint: str | None, most: int) -> int:
     if checkpoint != "pretrain" and [row["question"] for row in pretrain] == [row["question"] for row in rows]:
         gains = [b["correct_attempt2"] - a["correct_attempt1"] for a, b in zip(pretrain, rows, strict=True)]
         means = sorted(statistics.fmean(rng.choices(gains, k=len(gains))) for _ in range(2000))
-        print(f"attempt 2 here minus attempt 1 before training: {statistics.fmean(gains):+.3f} "
-              f"(95% interval {means[50]:+.3f} to {means[1949]:+.3f}, bootstrap over rows)")
+        print(
+            f"attempt 2 here minus attempt 1 before training: {statistics.fmean(gains):+.3f} "
+            f"(95% interval {means[50]:+.3f} to {means[1949]:+.3f}, bootstrap over rows)"
+        )
     for kind, members in kinds.items():
         for row in members[:most]:
             print(f"\n=== {kind}: target {row['target'].splitlines()[-1][-60:]!r}\n{row['question'].strip()}")
@@ -372,8 +393,10 @@ def side_by_side(first: str, second: str) -> str:
         for words, column, marks in ((a[a0:a1], marked[0], "[-{}-]"), (b[b0:b1], marked[1], "{{+{}+}}")):
             column += [w if change == "equal" or not w.strip() else marks.format(w) for w in words]
     width = max(20, (shutil.get_terminal_size((120, 0)).columns - 3) // 2)
-    columns = [[part for line in " ".join(words).split("\n") for part in textwrap.wrap(line, width) or [""]]
-               for words in marked]
+    columns = [
+        [part for line in " ".join(words).split("\n") for part in textwrap.wrap(line, width) or [""]]
+        for words in marked
+    ]
     return "\n".join(f"{left:<{width}} | {right}" for left, right in zip_longest(*columns, fillvalue=""))
 
 
@@ -473,8 +496,10 @@ def main() -> int:
 
     card = torch.cuda.get_device_name() if train.DEVICE.type == "cuda" else train.DEVICE.type
     examples = pool[: args.n]
-    print(f"{config.model.name} on {card}, loaded in {loading:.1f} s; {len(examples)} problems x "
-          f"{config.train.num_generations} rollouts\n")
+    print(
+        f"{config.model.name} on {card}, loaded in {loading:.1f} s; {len(examples)} problems x "
+        f"{config.train.num_generations} rollouts\n"
+    )
     examples = [example for example in examples for _ in range(config.train.num_generations)]
     name = "vLLM" if policy.engine else "built-in decoder" if policy.decoder else "generate, as loaded"
     if args.decode:
@@ -492,8 +517,10 @@ def main() -> int:
     updates = [timed(train, lambda: train.improve(policy, optimizer, attempts, 2, config))[0] for _ in range(REPEATS)]
     update, total = statistics.median(updates), rollout + statistics.median(updates)
     tokens = sum(len(p) + len(c) for p, c in zip(attempts[-1].prompts, attempts[-1].completions, strict=True))
-    print(f"{'update, both attempts and the reference':<42} {len(examples):>5} rows {tokens / update:>9,.0f} tokens/s "
-          f"{update:>31.2f} s (first {first:.2f} s) {peak_memory(train):>7.2f} GiB")
+    print(
+        f"{'update, both attempts and the reference':<42} {len(examples):>5} rows {tokens / update:>9,.0f} tokens/s "
+        f"{update:>31.2f} s (first {first:.2f} s) {peak_memory(train):>7.2f} GiB"
+    )
     print(f"one Stage II step: {total:.2f} s, rollout {rollout / total:.0%}, update {update / total:.0%}")
     print_split(train, policy, optimizer, examples, config, card)
     if args.compare and policy.engine:  # last: the decoder moves the weights, so that there are two copies of them

@@ -477,8 +477,13 @@ def score_by_name(name: str, fn: Callable, predictions: list[str], given: dict[s
 
 def missing_arguments(fn: Callable, given: Iterable[str]) -> list[str]:
     """The arguments that `fn` cannot do without and is not given."""
-    return [parameter.name for parameter in _parameters(fn) if parameter.default is parameter.empty
-            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) and parameter.name not in given]
+    return [
+        parameter.name
+        for parameter in _parameters(fn)
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and parameter.name not in given
+    ]
 
 
 def _parameters(fn: Callable) -> list[inspect.Parameter]:
@@ -490,8 +495,10 @@ def _parameters(fn: Callable) -> list[inspect.Parameter]:
 def weighted_sum(parts: list[list[float | None]], weights: list[float] | None = None) -> list[float]:
     """The reward of each row from those of each function; None is left out."""
     weights = weights or [1.0] * len(parts)
-    return [float(sum(w * reward for w, reward in zip(weights, row, strict=True) if reward is not None))
-            for row in zip(*parts, strict=True)]
+    return [
+        float(sum(w * reward for w, reward in zip(weights, row, strict=True) if reward is not None))
+        for row in zip(*parts, strict=True)
+    ]
 
 
 def _checked(name: str, predictions: list[str], rewards_of: Callable[[slice], Iterable], optional=False) -> list:

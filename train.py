@@ -345,9 +345,17 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
     auto = config.model.gradient_checkpointing == "auto"
     checkpointing = True if auto else config.model.gradient_checkpointing
     longest = config.train.max_prompt_length_attempt2 + config.train.max_new_tokens_attempt2
-    policy = Policy(model, tokenizer, eos, pad, think_prefix, bridge, for_generation,
-                    partial(for_training, use_gradient_checkpointing=checkpointing),
-                    micro_tokens=config.train.micro_batch_size * longest)
+    policy = Policy(
+        model,
+        tokenizer,
+        eos,
+        pad,
+        think_prefix,
+        bridge,
+        for_generation,
+        partial(for_training, use_gradient_checkpointing=checkpointing),
+        micro_tokens=config.train.micro_batch_size * longest,
+    )
     policy.for_training()
     check_log_prob_route(policy)
     choose_sampler(policy, config, longest)
@@ -366,14 +374,22 @@ def load_with_unsloth(config: Config, dtype: torch.dtype) -> tuple[Any, Callable
     if PROCESSES.num_processes > 1:
         more["device_map"] = {"": PROCESSES.local_process_index}
     if wanted.fast_inference:  # vLLM knows ranks that are powers of two
-        more |= dict(fast_inference=True, gpu_memory_utilization=wanted.fast_inference_gpu_mem,
-                     max_lora_rank=max(8, 1 << (wanted.lora.r - 1).bit_length()))
+        more |= dict(
+            fast_inference=True,
+            gpu_memory_utilization=wanted.fast_inference_gpu_mem,
+            max_lora_rank=max(8, 1 << (wanted.lora.r - 1).bit_length()),
+        )
     heard = BANNERS.tell()
     # vLLM draws progress bars; its log has had the real stderr since Unsloth imported it.
     with redirect_stdout(BANNERS), redirect_stderr(BANNERS) if wanted.fast_inference else nullcontext():
         model, _ = FastLanguageModel.from_pretrained(
-            wanted.name, max_seq_length=wanted.max_seq_length, dtype=dtype, use_exact_model_name=True,
-            load_in_4bit=wanted.load_in_4bit, trust_remote_code=wanted.trust_remote_code, **more,
+            wanted.name,
+            max_seq_length=wanted.max_seq_length,
+            dtype=dtype,
+            use_exact_model_name=True,
+            load_in_4bit=wanted.load_in_4bit,
+            trust_remote_code=wanted.trust_remote_code,
+            **more,
         )
         model = FastLanguageModel.get_peft_model(
             model, **lora_settings(config), use_gradient_checkpointing=checkpointing, random_state=config.train.seed
@@ -392,10 +408,13 @@ def load_with_transformers(config: Config, dtype: torch.dtype) -> tuple[Any, Cal
         raise UserError("model.load_in_4bit: needs a GPU; set it to false on a CPU")
     nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     model, found = transformers.AutoModelForCausalLM.from_pretrained(
-        wanted.name, dtype=dtype, trust_remote_code=wanted.trust_remote_code,
+        wanted.name,
+        dtype=dtype,
+        trust_remote_code=wanted.trust_remote_code,
         quantization_config=transformers.BitsAndBytesConfig(**nf4) if wanted.load_in_4bit else None,
         device_map={"": DEVICE} if DEVICE.type != "cpu" else None,
-        output_loading_info=True, ignore_mismatched_sizes=True,  # what is not loaded would be left random
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # what is not loaded would be left random
     )
     if odd := sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]):
         raise ValueError(f"its weights do not fit its config.json: {odd[0]} lacks or has another shape")
@@ -416,8 +435,9 @@ def load_with_transformers(config: Config, dtype: torch.dtype) -> tuple[Any, Cal
 
 def lora_settings(config: Config) -> dict[str, Any]:
     lora = config.model.lora
-    return dict(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias="none",
-                target_modules=lora.target_modules)
+    return dict(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias="none", target_modules=lora.target_modules
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -441,15 +461,19 @@ def load_examples(config: Config, tokenizer: Any) -> tuple[list[Example], list[E
         if wanted.split not in splits:
             raise UserError(f"dataset.split: {wanted.name} has no split {wanted.split!r}; it has {', '.join(splits)}")
         if len(splits[wanted.split]) <= wanted.test_split_size:
-            raise UserError(f"dataset.test_split_size: {wanted.test_split_size} leaves nothing to train on: "
-                            f"{wanted.split} has {len(splits[wanted.split])} rows")
+            raise UserError(
+                f"dataset.test_split_size: {wanted.test_split_size} leaves nothing to train on: "
+                f"{wanted.split} has {len(splits[wanted.split])} rows"
+            )
         parts = splits[wanted.split].train_test_split(test_size=wanted.test_split_size, seed=config.train.seed)
         train, test = parts["train"], parts["test"]
     else:
         for split in ("train", "test"):
             if split not in splits:
-                raise UserError(f"dataset.name: {wanted.name} has no {split} split; it has {', '.join(splits)}. "
-                                "Set dataset.split to one of them and dataset.test_split_size to hold rows out")
+                raise UserError(
+                    f"dataset.name: {wanted.name} has no {split} split; it has {', '.join(splits)}. "
+                    "Set dataset.split to one of them and dataset.test_split_size to hold rows out"
+                )
         train, test = splits["train"], splits["test"]
     train, test = read_rows(train, "train", config), read_rows(test, "test", config)
     seen = {row[0] for row in test}
@@ -466,14 +490,21 @@ def encode_rows(rows: list[tuple], split: str, config: Config, tokenizer: Any) -
     limit = config.train.max_prompt_length_attempt1
     texts = [chat_text(tokenizer, config, [{"role": "user", "content": question}]) for question, *_ in rows]
     prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    examples = [Example(question, target, prompt, *columns)
-                for (question, target, *columns), prompt in zip(rows, prompts, strict=True) if len(prompt) <= limit]
+    examples = [
+        Example(question, target, prompt, *columns)
+        for (question, target, *columns), prompt in zip(rows, prompts, strict=True)
+        if len(prompt) <= limit
+    ]
     if not examples:
-        raise UserError(f"train.max_prompt_length_attempt1: all {len(rows)} {split} prompts are longer than {limit} "
-                        f"tokens; the shortest has {min(map(len, prompts))}")
+        raise UserError(
+            f"train.max_prompt_length_attempt1: all {len(rows)} {split} prompts are longer than {limit} "
+            f"tokens; the shortest has {min(map(len, prompts))}"
+        )
     if len(examples) < len(rows):
-        say(f"Warning: {len(rows) - len(examples)} of {len(rows)} {split} prompts are over "
-            f"train.max_prompt_length_attempt1 = {limit} tokens and are left out (longest: {max(map(len, prompts))}).")
+        say(
+            f"Warning: {len(rows) - len(examples)} of {len(rows)} {split} prompts are over "
+            f"train.max_prompt_length_attempt1 = {limit} tokens and are left out (longest: {max(map(len, prompts))})."
+        )
     return examples
 
 
@@ -484,8 +515,11 @@ def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
     template instead would cut the reasoning out of attempt 1 where the template strips <think> from history (Qwen3),
     and re-tokenise what the policy sampled. So a marker is rendered in its place, and what follows it is the bridge."""
     marker = "FIRSTATTEMPTSTANDSHERE"
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker},
-             {"role": "user", "content": config.prompts.self_correction}]
+    turns = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": marker},
+        {"role": "user", "content": config.prompts.self_correction},
+    ]
     text = chat_text(tokenizer, config, turns)
     if text.count(marker) != 1:
         raise UserError("model.chat_template: does not render an earlier assistant turn exactly once")
@@ -496,14 +530,18 @@ def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
     train = config.train
     need = train.max_prompt_length_attempt1 + train.max_new_tokens_attempt1 + len(bridge)
     if need > train.max_prompt_length_attempt2:
-        raise UserError(f"train.max_prompt_length_attempt2: {train.max_prompt_length_attempt2} cannot hold attempt 1's "
-                        f"prompt ({train.max_prompt_length_attempt1}) and completion ({train.max_new_tokens_attempt1}) "
-                        f"and the instruction ({len(bridge)} tokens); set it to {need} or more")
+        raise UserError(
+            f"train.max_prompt_length_attempt2: {train.max_prompt_length_attempt2} cannot hold attempt 1's "
+            f"prompt ({train.max_prompt_length_attempt1}) and completion ({train.max_new_tokens_attempt1}) "
+            f"and the instruction ({len(bridge)} tokens); set it to {need} or more"
+        )
     more = config.eval.attempts - 2  # attempts 3, 4, ... of an evaluation see all before them
     need += train.max_new_tokens_attempt2 + more * (train.max_new_tokens_attempt2 + len(bridge))
     if more and need > config.model.max_seq_length:
-        raise UserError(f"eval.attempts: {config.eval.attempts} attempts can take {need} tokens, model.max_seq_length "
-                        f"is {config.model.max_seq_length}; raise that, or lower eval.attempts")
+        raise UserError(
+            f"eval.attempts: {config.eval.attempts} attempts can take {need} tokens, model.max_seq_length "
+            f"is {config.model.max_seq_length}; raise that, or lower eval.attempts"
+        )
     return bridge, "<think>" if tail.rstrip().endswith("<think>") else ""
 
 
@@ -526,8 +564,15 @@ class Attempt:
     seconds: float
 
 
-def roll_out(policy: Policy, examples: list[Example], config: Config, temperature: float, seed: str,
-             attempts: int = 2, corrections: int = 1) -> list[Attempt]:
+def roll_out(
+    policy: Policy,
+    examples: list[Example],
+    config: Config,
+    temperature: float,
+    seed: str,
+    attempts: int = 2,
+    corrections: int = 1,
+) -> list[Attempt]:
     """Samples the attempts at every example one after the other; returns [attempt 1, attempt 2, ...] with rewards.
 
     A later prompt holds the attempts before it verbatim, reasoning included. With `corrections` m a first attempt
@@ -544,16 +589,25 @@ def roll_out(policy: Policy, examples: list[Example], config: Config, temperatur
             repeated = [row for row in range(len(examples)) for _ in range(corrections)]
             made, examples = [picked(made[0], repeated)], [examples[row] for row in repeated]
         for number in range(2, attempts + 1):
-            prompts = [prompt + without_eos(completion, policy) + policy.bridge
-                       for prompt, completion in zip(made[-1].prompts, made[-1].completions, strict=True)]
+            prompts = [
+                prompt + without_eos(completion, policy) + policy.bridge
+                for prompt, completion in zip(made[-1].prompts, made[-1].completions, strict=True)
+            ]
             made.append(make_attempt(policy, prompts, examples, config, temperature, f"{seed}/{number}", made))
     if processes > 1:
         made = [joined(parts, at_once=True) for parts in zip(*gather_object([made]), strict=True)]
     return made
 
 
-def make_attempt(policy: Policy, prompts: list[list[int]], examples: list[Example], config: Config, temperature: float,
-                 seed: str, earlier: Sequence[Attempt] = ()) -> Attempt:
+def make_attempt(
+    policy: Policy,
+    prompts: list[list[int]],
+    examples: list[Example],
+    config: Config,
+    temperature: float,
+    seed: str,
+    earlier: Sequence[Attempt] = (),
+) -> Attempt:
     """Samples and grades one attempt at every example, after `earlier` ones. Raises RewardError."""
     start = time.perf_counter()
     budget = config.train.max_new_tokens_attempt2 if earlier else config.train.max_new_tokens_attempt1
@@ -583,8 +637,10 @@ def sample(
         policy.decoder.forget()
         size = rows_that_fit(policy, max(map(len, prompts)) + max_new_tokens)
     if size < len(prompts):
-        parts = [sample(policy, prompts[i : i + size], max_new_tokens, temperature, f"{seed}/{i}")
-                 for i in range(0, len(prompts), size)]
+        parts = [
+            sample(policy, prompts[i : i + size], max_new_tokens, temperature, f"{seed}/{i}")
+            for i in range(0, len(prompts), size)
+        ]
         completions, log_probs = zip(*parts, strict=True)
         return sum(completions, []), None if log_probs[0] is None else sum(log_probs, [])
     seed_number = random.Random(seed).getrandbits(31)
@@ -601,8 +657,11 @@ def sample(
     sampled = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
     with generating(policy):
         output = policy.model.generate(
-            input_ids=ids.to(DEVICE), attention_mask=mask.to(DEVICE), max_new_tokens=max_new_tokens,
-            eos_token_id=policy.eos_token_ids or -1, pad_token_id=policy.pad_token_id,
+            input_ids=ids.to(DEVICE),
+            attention_mask=mask.to(DEVICE),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=policy.eos_token_ids or -1,
+            pad_token_id=policy.pad_token_id,
             **(sampled if temperature > 0 else dict(do_sample=False)),
         )
     return [until_eos(row, policy.eos_token_ids) for row in output[:, width:].tolist()], None
@@ -611,16 +670,21 @@ def sample(
 # ------------------------------------------------------------------------------------------------ rewards looked up
 
 
-def grade(texts: list[str], targets: list[str], reward: RewardConfig,
-          named: dict[str, list] | None = None) -> tuple[list[float], list[bool]]:
+def grade(
+    texts: list[str], targets: list[str], reward: RewardConfig, named: dict[str, list] | None = None
+) -> tuple[list[float], list[bool]]:
     """Rewards: the weighted sum of reward.fn; correctness: by the extracted answers alone. `named`: `reward_arguments`.
 
     Without any target (a question that somebody asks, more processes than rows) there is nothing to grade by."""
     if not any(targets):
         return [0.0] * len(texts), [False] * len(texts)
     extract = ANSWER_EXTRACTORS[reward.answer_extractor]
-    parts = [score(name, texts, targets, extract) if name in REWARD_FNS
-             else score_by_name(name, find_reward(name, reward.module), texts, named or {}) for name in reward.names]
+    parts = [
+        score(name, texts, targets, extract)
+        if name in REWARD_FNS
+        else score_by_name(name, find_reward(name, reward.module), texts, named or {})
+        for name in reward.names
+    ]
     rewards = weighted_sum(parts, reward.weights)
     return rewards, [is_correct(text, target, extract) for text, target in zip(texts, targets, strict=True)]
 
@@ -629,7 +693,10 @@ def grade(texts: list[str], targets: list[str], reward: RewardConfig,
 
 
 def completion_log_probs(
-    policy: Policy, prompts: list[list[int]], completions: list[list[int]], temperature: float,
+    policy: Policy,
+    prompts: list[list[int]],
+    completions: list[list[int]],
+    temperature: float,
     conversations: list[list[int]] | None = None,
 ) -> torch.Tensor:
     """log pi(token | all before it) of every completion token under softmax(logits / temperature).
@@ -703,6 +770,7 @@ def credits_of(terms: list[tuple[torch.Tensor, float]], train: TrainConfig, m: i
 
     With m > 1 corrections of a first attempt each is compared with the m - 1 others of the same one, all else being
     equal; a first attempt, which stands in m rows, is compared with other first attempts by its mean return."""
+
     def credit(returns: torch.Tensor, corrects: bool) -> torch.Tensor:
         if corrects and m > 1:
             return advantages(returns, train, m)
@@ -724,8 +792,13 @@ def with_signal(attempts: list[Attempt], stage: int, train: TrainConfig) -> tupl
     return [picked(attempt, kept) for attempt in attempts], silent.float().mean().item()
 
 
-def accumulate_gradients(policy: Policy, attempts: list[Attempt], terms: list[tuple[torch.Tensor, float]],
-                         train: TrainConfig, corrections: int = 1) -> list[dict[str, float]]:
+def accumulate_gradients(
+    policy: Policy,
+    attempts: list[Attempt],
+    terms: list[tuple[torch.Tensor, float]],
+    train: TrainConfig,
+    corrections: int = 1,
+) -> list[dict[str, float]]:
     """Adds the gradient of
 
         sum over attempts of  mean over rows of  [ -A * sum_t log pi_t  +  kappa * sum_t k3_t ] / N
@@ -748,10 +821,15 @@ def accumulate_gradients(policy: Policy, attempts: list[Attempt], terms: list[tu
             reference_log_probs = completion_log_probs(*batch)
         log_probs = completion_log_probs(*batch)  # [N]
         lengths = torch.tensor([len(completion) for completion in completions])
-        norms = lengths if train.length_norm == "sequence" else torch.tensor(
-            [budget for budget in budgets[: len(attempts)] for _ in rows])
-        weights = torch.tensor([[credit[r], kappa] for credit, (_, kappa) in zip(credits, terms, strict=True)
-                                for r in rows]) / (len(last.texts) * norms)[:, None]
+        norms = (
+            lengths
+            if train.length_norm == "sequence"
+            else torch.tensor([budget for budget in budgets[: len(attempts)] for _ in rows])
+        )
+        weights = (
+            torch.tensor([[credit[r], kappa] for credit, (_, kappa) in zip(credits, terms, strict=True) for r in rows])
+            / (len(last.texts) * norms)[:, None]
+        )
         credit, kappa = weights.repeat_interleave(lengths, 0).to(DEVICE).unbind(1)  # [N] each
         drift = torch.zeros_like(log_probs)
         if last.sampled_log_probs is not None:
@@ -768,12 +846,15 @@ def accumulate_gradients(policy: Policy, attempts: list[Attempt], terms: list[tu
             sums[number] += torch.stack([loss.sum(), kl.sum(), drift.abs().sum()])
             tokens[number] += len(loss)
             peaks[number] = torch.maximum(peaks[number], kl.max())  # keeps a NaN
-    return [dict(loss=loss, kl_sum=kl, drift_sum=drift, kl_max=peak, tokens=count)
-            for (loss, kl, drift), peak, count in zip(sums.tolist(), peaks.tolist(), tokens, strict=True)]
+    return [
+        dict(loss=loss, kl_sum=kl, drift_sum=drift, kl_max=peak, tokens=count)
+        for (loss, kl, drift), peak, count in zip(sums.tolist(), peaks.tolist(), tokens, strict=True)
+    ]
 
 
-def improve(policy: Policy, optimizer: torch.optim.Optimizer, attempts: list[Attempt], stage: int,
-            config: Config) -> dict[str, Any]:
+def improve(
+    policy: Policy, optimizer: torch.optim.Optimizer, attempts: list[Attempt], stage: int, config: Config
+) -> dict[str, Any]:
     """One REINFORCE step on a rolled-out batch. Returns loss, KL and gradient statistics; "skipped" is True, and the
     weights are untouched, if loss or gradient is not finite. On-policy, so there is no importance ratio but the one
     that `importance_clip` asks for. Attempts past those that `stage_terms` has terms for are not trained.
@@ -796,9 +877,11 @@ def improve(policy: Policy, optimizer: torch.optim.Optimizer, attempts: list[Att
                 policy.for_training, policy.recompute = policy.recompute, None
                 policy.for_training()
             else:
-                raise RunError(f"one row of {longest} tokens does not fit in this card's memory; lower "
-                               "train.max_new_tokens_attempt2, or set model.gradient_checkpointing or "
-                               "model.load_in_4bit") from None
+                raise RunError(
+                    f"one row of {longest} tokens does not fit in this card's memory; lower "
+                    "train.max_new_tokens_attempt2, or set model.gradient_checkpointing or "
+                    "model.load_in_4bit"
+                ) from None
         torch.cuda.empty_cache()
         say(f"Out of GPU memory: the update starts over with micro-batches of {policy.micro_tokens} tokens.")
     if PROCESSES.num_processes > 1:
@@ -812,8 +895,11 @@ def improve(policy: Policy, optimizer: torch.optim.Optimizer, attempts: list[Att
     kl = [s["kl_sum"] / s["tokens"] for s in stats]
     drift = max(s["drift_sum"] / s["tokens"] for s in stats)
     return {
-        "loss": loss, "grad_norm": norm, "skipped": skipped,
-        "kl_attempt1": kl[0], "kl_attempt2": kl[1] if len(kl) > 1 else math.nan,
+        "loss": loss,
+        "grad_norm": norm,
+        "skipped": skipped,
+        "kl_attempt1": kl[0],
+        "kl_attempt2": kl[1] if len(kl) > 1 else math.nan,
         "kl_max": max(s["kl_max"] for s in stats),
         "logprob_drift": drift if attempts[-1].sampled_log_probs is not None else None,
     }
@@ -829,8 +915,16 @@ def learning_rate(step: int, steps: int, train: TrainConfig) -> float:
     return train.learning_rate * min(1.0, rise, fall)
 
 
-def train_stage(policy: Policy, examples: list[Example], stage: int, config: Config, run: Run, checkpoint: Path | None,
-                steps_before: int, validate: Callable[[int, int], None]) -> None:
+def train_stage(
+    policy: Policy,
+    examples: list[Example],
+    stage: int,
+    config: Config,
+    run: Run,
+    checkpoint: Path | None,
+    steps_before: int,
+    validate: Callable[[int, int], None],
+) -> None:
     """One stage: roll out, improve, write down. Stage I and II differ in `stage_terms` alone.
 
     `checkpoint` is a mid-stage one to go on from; `validate(stage, step)` is called after every one. Raises Interrupted
@@ -853,16 +947,20 @@ def train_stage(policy: Policy, examples: list[Example], stage: int, config: Con
             group["lr"] = rate
         torch.manual_seed(random.Random(f"{seed}/{step}").getrandbits(31))  # LoRA dropout, and whatever else draws
         start = time.perf_counter()
-        attempts = roll_out(policy, rows, config, train.generation_temperature, f"{seed}/{step}",
-                            corrections=corrections)
+        attempts = roll_out(
+            policy, rows, config, train.generation_temperature, f"{seed}/{step}", corrections=corrections
+        )
         rolled_out = time.perf_counter()
         rows = [row for row in rows for _ in range(corrections)]
         chosen, silent = with_signal(attempts, stage, train)
         update = improve(policy, optimizer, chosen, stage, config) | {"without_signal": silent, "learning_rate": rate}
         where = {"event": "train", "stage": stage, "step": step}
         event = where | {"global_step": steps_before + step} | rollout_means(attempts, corrections)
-        event |= update | {"seconds_rollout": rolled_out - start, "seconds_update": time.perf_counter() - rolled_out,
-                  "peak_memory_gb": torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None}
+        event |= update | {
+            "seconds_rollout": rolled_out - start,
+            "seconds_update": time.perf_counter() - rolled_out,
+            "peak_memory_gb": torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None,
+        }
         run.log(event, sample_rows(rows, attempts, where, most=None if update["skipped"] else 4))
         now = STEP_LINE.format(**event)
         bar.set_postfix_str(now)
@@ -872,8 +970,10 @@ def train_stage(policy: Policy, examples: list[Example], stage: int, config: Con
             warn_of_budgets(run, stage, len(rows))
         skipped_in_a_row = skipped_in_a_row + 1 if update["skipped"] else 0
         if skipped_in_a_row >= train.max_skipped_steps:
-            raise RunError(f"loss or gradient was not finite in {skipped_in_a_row} steps in a row (stage {stage}, step "
-                           f"{step}); their samples are in {run.folder}/samples.jsonl; lower train.learning_rate")
+            raise RunError(
+                f"loss or gradient was not finite in {skipped_in_a_row} steps in a row (stage {stage}, step "
+                f"{step}); their samples are in {run.folder}/samples.jsonl; lower train.learning_rate"
+            )
         last, stop = step == len(batches), asked_to_stop()
         if not last and (stop or (train.checkpoint_every and step % train.checkpoint_every == 0)):
             here = folder / f"step_{step}"
@@ -902,14 +1002,27 @@ def evaluate(policy: Policy, examples: list[Example], config: Config, checkpoint
     start, batches = time.perf_counter(), []
     for i in progress(range(0, len(examples), size), f"evaluate {checkpoint}"):
         stop_if_asked()
-        batches.append(roll_out(policy, examples[i : i + size], config, temperature, f"{config.train.seed}/eval/{i}",
-                                config.eval.attempts))
+        batches.append(
+            roll_out(
+                policy,
+                examples[i : i + size],
+                config,
+                temperature,
+                f"{config.train.seed}/eval/{i}",
+                config.eval.attempts,
+            )
+        )
     attempts = [joined(parts) for parts in zip(*batches, strict=True)]
     first, second, n = attempts[0], attempts[1], len(examples)
     pairs = list(zip(first.correct, second.correct, strict=True))
-    event = {"event": "eval", "checkpoint": checkpoint, "n": n} | attempt_means(attempts) | {
-        "edit_distance_ratio": sum(map(edit_distance_ratio, first.completions, second.completions)) / n,
-    } | intervals(np.array(pairs, dtype=float))
+    event = (
+        {"event": "eval", "checkpoint": checkpoint, "n": n}
+        | attempt_means(attempts)
+        | {
+            "edit_distance_ratio": sum(map(edit_distance_ratio, first.completions, second.completions)) / n,
+        }
+        | intervals(np.array(pairs, dtype=float))
+    )
     if votes and config.eval.samples > 1:
         event |= vote(policy, examples, config)
     event["seconds"] = time.perf_counter() - start
@@ -919,10 +1032,18 @@ def evaluate(policy: Policy, examples: list[Example], config: Config, checkpoint
 def attempt_means(attempts: list[Attempt]) -> dict[str, float]:
     """Mean reward, accuracy (strict and flexible), truncation and length of each attempt over its rows; shares of
     rows unanswered; and `correction_split` of the first two attempts."""
-    means = {f"{name}_attempt{number}": sum(values) / len(values) for number, a in enumerate(attempts, 1)
-             for name, values in (("reward", a.rewards), ("acc", a.correct), ("flexible_acc", a.flexible),
-                                  ("unanswered", [kind == "unanswered" for kind in outcomes(a.correct, a.answers)]),
-                                  ("truncated", a.truncated), ("completion_tokens", [*map(len, a.completions)]))}
+    means = {
+        f"{name}_attempt{number}": sum(values) / len(values)
+        for number, a in enumerate(attempts, 1)
+        for name, values in (
+            ("reward", a.rewards),
+            ("acc", a.correct),
+            ("flexible_acc", a.flexible),
+            ("unanswered", [kind == "unanswered" for kind in outcomes(a.correct, a.answers)]),
+            ("truncated", a.truncated),
+            ("completion_tokens", [*map(len, a.completions)]),
+        )
+    }
     first, second = attempts[:2]
     return means | correction_split(first.correct, first.answers, second.correct, second.answers)
 
@@ -939,21 +1060,27 @@ def train_and_evaluate(args: argparse.Namespace, config: Config) -> tuple[Run, P
     train, validation = hold_out(train, config.eval.validation, None if args.eval_only else args.resume_adapter)
     train = train[: args.smoke] if args.smoke else train
     test = test[: config.eval.max_examples]
-    steps = {stage: 0 if args.eval_only else len(stage_batches(stage, len(train), config, stage >= args.start_stage))
-             for stage in (1, 2)}
+    steps = {
+        stage: 0 if args.eval_only else len(stage_batches(stage, len(train), config, stage >= args.start_stage))
+        for stage in (1, 2)
+    }
     state = json.loads((checkpoint / "state.json").read_text()) if checkpoint else {}
     if state.get("train_rows", "") not in ("", fingerprint(train)):
-        raise UserError(f"--resume: {checkpoint} was trained on other rows or prompts of {config.dataset.name}; put "
-                        "them back, or start a new run with --set run_name=NAME")
+        raise UserError(
+            f"--resume: {checkpoint} was trained on other rows or prompts of {config.dataset.name}; put "
+            "them back, or start a new run with --set run_name=NAME"
+        )
     adapter = checkpoint or (Path(args.resume_adapter) if args.resume_adapter else None)
     policy = load_policy(config, tokenizer, adapter)
     PROCESSES.wait_for_everyone()  # until all have loaded: now the folder may change
     enter_run(args, run, checkpoint)
     PROCESSES.wait_for_everyone()
     start_wandb(run, state.get("wandb_id"))
-    say(f"{config.run_name}: {config.model.name} on {DEVICE.type}, {len(train)} train and {len(test)} test examples, "
+    say(
+        f"{config.run_name}: {config.model.name} on {DEVICE.type}, {len(train)} train and {len(test)} test examples, "
         f"{steps[1] if args.start_stage == 1 else 0} + {steps[2]} steps, "
-        f"{PROCESSES.num_processes} process{'es' * (PROCESSES.num_processes > 1)}, into {run.folder}")
+        f"{PROCESSES.num_processes} process{'es' * (PROCESSES.num_processes > 1)}, into {run.folder}"
+    )
 
     def record(label: str, step: int, examples: list[Example] = test, **extra: Any) -> None:
         if {"adapter", "eval_only"} & extra.keys() or not run.has_evaluated(label):
@@ -1055,6 +1182,7 @@ def on_main(function: Callable) -> Callable:
 
 def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     """Reads flags and config. Raises UserError."""
+
     def refuse(message: str) -> None:
         raise UserError(f"{' '.join(message.split())} (--help lists the flags)")
 
@@ -1181,16 +1309,20 @@ def budget_faults(config: Config) -> list[str]:
     for stage in (1, 2):
         problems, m = (getattr(train, f"stage{stage}_{key}") for key in ("batch_size", "corrections"))
         if train.num_generations % m:
-            faults.append(f"train.stage{stage}_corrections: {m} does not divide train.num_generations, which is "
-                          f"{train.num_generations}")
+            faults.append(
+                f"train.stage{stage}_corrections: {m} does not divide train.num_generations, which is "
+                f"{train.num_generations}"
+            )
         elif train.baseline != "none" and train.num_generations // m * problems == 1:
             faults.append(
                 f"train.stage{stage}_batch_size: baseline {train.baseline} needs at least 2 first attempts a step; "
                 "raise the batch or num_generations, or set train.baseline to none"
             )
     if train.oversample > 1 and (train.baseline != "leave_one_out" or train.num_generations == 1):
-        faults.append(f"train.oversample: {train.oversample} needs rollouts of one problem to compare; raise "
-                      "train.num_generations and set train.baseline to leave_one_out, or set it to 1")
+        faults.append(
+            f"train.oversample: {train.oversample} needs rollouts of one problem to compare; raise "
+            "train.num_generations and set train.baseline to leave_one_out, or set it to 1"
+        )
     if config.model.fast_inference and config.model.decoder != "auto":
         faults.append(f"model.decoder: {config.model.decoder} leaves nothing to model.fast_inference; set it to auto")
     for section in ("train", "eval") if config.model.fast_inference else ():
@@ -1289,8 +1421,9 @@ def check_adapter(folder: Path, config: Config) -> None:
     try:
         saved = json.loads((folder / "adapter_config.json").read_text())
     except OSError:
-        raise UserError(f"--resume-adapter {folder}: no adapter_config.json there; give a folder such as "
-                        "outputs/NAME/stage1") from None
+        raise UserError(
+            f"--resume-adapter {folder}: no adapter_config.json there; give a folder such as outputs/NAME/stage1"
+        ) from None
     except ValueError:
         raise UserError(f"--resume-adapter {folder}: adapter_config.json is not valid JSON") from None
     base, wanted, lora = str(saved.get("base_model_name_or_path")), config.model.name, config.model.lora
@@ -1425,8 +1558,10 @@ def choose_sampler(policy: Policy, config: Config, longest: int) -> None:
         longest = config.model.max_seq_length if config.eval.attempts > 2 else longest
         held = getattr(settings, "max_model_len", longest)  # Unsloth lowers it where the K/V cache is small
         if held < longest:
-            raise UserError(f"model.fast_inference_gpu_mem: {config.model.fast_inference_gpu_mem} of the free memory "
-                            f"holds rows of {held} tokens, and {longest} are needed; raise it")
+            raise UserError(
+                f"model.fast_inference_gpu_mem: {config.model.fast_inference_gpu_mem} of the free memory "
+                f"holds rows of {held} tokens, and {longest} are needed; raise it"
+            )
         policy.engine = partial(engine_samples, model, policy.eos_token_ids)
         return
     reason = "model.decoder is generate" if config.model.decoder == "generate" else why_not_decodable(model)
@@ -1436,8 +1571,10 @@ def choose_sampler(policy: Policy, config: Config, longest: int) -> None:
     if config.model.decoder == "graph":
         raise UserError(f"model.decoder: graph cannot serve {name}: {reason}; use auto or generate")
     if config.train.importance_clip:
-        raise UserError(f"train.importance_clip: needs the sampler's log-probs, which model.generate does not give "
-                        f"({reason}); set it to null")
+        raise UserError(
+            f"train.importance_clip: needs the sampler's log-probs, which model.generate does not give "
+            f"({reason}); set it to null"
+        )
     say(f"Rollouts use model.generate: {reason}.")
 
 
@@ -1454,8 +1591,10 @@ def check_log_prob_route(policy: Policy) -> None:
             logits = policy.model(input_ids=torch.tensor([row], device=DEVICE)).logits[0, :-1].float()
         plain = logits.log_softmax(-1).gather(-1, torch.tensor(row[1:], device=DEVICE)[:, None])[:, 0]
     if not torch.allclose(fused, plain, atol=1e-3 if DEVICE.type == "cpu" else 0.1):
-        raise UserError(f"model.name: {policy.model.config.model_type} changes its logits after the output head "
-                        "(scaling or soft cap), which this trainer does not do")
+        raise UserError(
+            f"model.name: {policy.model.config.model_type} changes its logits after the output head "
+            "(scaling or soft cap), which this trainer does not do"
+        )
 
 
 ENOUGH_TOKENS = 8192  # a micro-batch of as many keeps a card busy: more would take memory, and no less time
@@ -1511,8 +1650,10 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: cannot be read: {first_line(error)}; give another adapter or, to --resume from the "
-                        "checkpoint before it, delete the state.json beside it") from None
+        raise UserError(
+            f"{file}: cannot be read: {first_line(error)}; give another adapter or, to --resume from the "
+            "checkpoint before it, delete the state.json beside it"
+        ) from None
 
 
 def first_line(error: BaseException) -> str:
@@ -1524,8 +1665,11 @@ def first_line(error: BaseException) -> str:
 
 
 def example_turns(prompts: PromptsConfig) -> list[dict[str, str]]:
-    return [{"role": role, "content": text} for example in prompts.examples
-            for role, text in (("user", example.input), ("assistant", example.output))]
+    return [
+        {"role": role, "content": text}
+        for example in prompts.examples
+        for role, text in (("user", example.input), ("assistant", example.output))
+    ]
 
 
 def chat_text(tokenizer: Any, config: Config, turns: list[dict[str, str]]) -> str:
@@ -1545,8 +1689,10 @@ def chat_text(tokenizer: Any, config: Config, turns: list[dict[str, str]]) -> st
         key = "prompts.system" if system and "system" in str(error).lower() else "model.chat_template"
         raise UserError(f"{key}: the chat template of {config.model.name} refuses it: {first_line(error)}") from None
     if any(text.count(marker) != 1 for marker in texts):
-        raise UserError(f"prompts.examples: the chat template of {config.model.name} does not render each of their "
-                        "turns exactly once; show the examples inside prompts.system instead")
+        raise UserError(
+            f"prompts.examples: the chat template of {config.model.name} does not render each of their "
+            "turns exactly once; show the examples inside prompts.system instead"
+        )
     return re.sub("|".join(texts), lambda marker: texts[marker[0]], text) if texts else text
 
 
@@ -1590,8 +1736,10 @@ def read_rows(rows: Any, split: str, config: Config) -> list[tuple[str, str, dic
     for key in ("input_field", "target_field"):
         column = getattr(wanted, key)
         if column not in rows.column_names:
-            raise UserError(f"dataset.{key}: no column {column!r} in {wanted.name} ({split}); it has "
-                            f"{', '.join(rows.column_names)}{did_you_mean(column, rows.column_names)}")
+            raise UserError(
+                f"dataset.{key}: no column {column!r} in {wanted.name} ({split}); it has "
+                f"{', '.join(rows.column_names)}{did_you_mean(column, rows.column_names)}"
+            )
     pairs, kept, faults = [], [], []
     for number, (question, target) in enumerate(zip(rows[wanted.input_field], rows[wanted.target_field], strict=True)):
         if isinstance(target, (int, float)) and not isinstance(target, bool):
@@ -1621,8 +1769,10 @@ def row_fault(question: Any, target: Any, extract: Callable, row: str, config: C
         if not text.strip():
             return f"dataset.{key}: {row} is empty; mend or remove the row"
     if not is_correct(target, target, extract):
-        return (f"dataset.target_field: {row}: {config.reward.answer_extractor} finds no answer in {target[-60:]!r}; "
-                "mend the row or choose another reward.answer_extractor")
+        return (
+            f"dataset.target_field: {row}: {config.reward.answer_extractor} finds no answer in {target[-60:]!r}; "
+            "mend the row or choose another reward.answer_extractor"
+        )
     return None
 
 
@@ -1634,13 +1784,17 @@ def reward_columns(rows: Any, targets: list[str], split: str, config: Config) ->
         return [{}] * len(rows)
     for argument, column in reward.columns.items():
         if column not in known:
-            raise UserError(f"reward.columns.{argument}: no column {column!r} in {config.dataset.name} ({split}); it "
-                            f"has {', '.join(known)}{did_you_mean(column, known)}")
+            raise UserError(
+                f"reward.columns.{argument}: no column {column!r} in {config.dataset.name} ({split}); it "
+                f"has {', '.join(known)}{did_you_mean(column, known)}"
+            )
     given = [*known, *reward.columns, "prompts", "completions", "completion_ids"]
     for name in reward.unregistered:
         if missing := missing_arguments(find_reward(name, reward.module), given):
-            raise UserError(f"reward.fn: {name} asks for {', '.join(missing)}, and is given {', '.join(given)}; say "
-                            f"which of them it is, as in reward.columns.{missing[0]}=target_answer")
+            raise UserError(
+                f"reward.fn: {name} asks for {', '.join(missing)}, and is given {', '.join(given)}; say "
+                f"which of them it is, as in reward.columns.{missing[0]}=target_answer"
+            )
     extract = ANSWER_EXTRACTORS[reward.answer_extractor]
     named = ({"target_answer": extract(target)} | row for target, row in zip(targets, rows, strict=True))
     return [row | {argument: row[column] for argument, column in reward.columns.items()} for row in named]
@@ -1660,8 +1814,13 @@ def find_reward(name: str, module: str | None) -> Callable:
 
 
 def reward_arguments(
-    policy: Policy, prompts: list[list[int]], completions: list[list[int]], texts: list[str], examples: list[Example],
-    config: Config, earlier: Sequence[Attempt],
+    policy: Policy,
+    prompts: list[list[int]],
+    completions: list[list[int]],
+    texts: list[str],
+    examples: list[Example],
+    config: Config,
+    earlier: Sequence[Attempt],
 ) -> dict[str, list]:
     """By name, a list over rows each: what TRL gives to its reward functions. {} where no reward is of that form."""
     if not config.reward.unregistered or not examples:
@@ -1674,8 +1833,10 @@ def reward_arguments(
     opening = message("system", config.prompts.system) + example_turns(config.prompts)
     chats = [opening + message("user", example.question) for example in examples]
     for attempt in earlier:
-        chats = [chat + message("assistant", text) + message("user", config.prompts.self_correction)
-                 for chat, text in zip(chats, attempt.texts, strict=True)]
+        chats = [
+            chat + message("assistant", text) + message("user", config.prompts.self_correction)
+            for chat, text in zip(chats, attempt.texts, strict=True)
+        ]
     answers = [[{"role": "assistant", "content": text}] for text in texts]
     return columns | {"prompts": chats, "completions": answers, "completion_ids": completions}
 
@@ -1721,13 +1882,16 @@ def stage_batches(stage: int, examples: int, config: Config, runs: bool = True) 
     size, epochs = (getattr(config.train, f"stage{stage}_{key}") for key in ("batch_size", "epochs"))
     more = f" x oversample {config.train.oversample}" * (config.train.oversample > 1)
     if runs and epochs > 0 and examples < size * config.train.oversample:
-        raise UserError(f"train.stage{stage}_batch_size: {size}{more} is more than the {examples} train examples; "
-                        "lower it")
+        raise UserError(
+            f"train.stage{stage}_batch_size: {size}{more} is more than the {examples} train examples; lower it"
+        )
     size *= config.train.oversample
     batches = shuffled_batches(examples, size, epochs, f"{config.train.seed}/stage{stage}")
     if runs and epochs > 0 and not batches:
-        raise UserError(f"train.stage{stage}_epochs: {epochs} of {examples} examples is less than one step of {size}; "
-                        "raise it, or set 0 to skip the stage")
+        raise UserError(
+            f"train.stage{stage}_epochs: {epochs} of {examples} examples is less than one step of {size}; "
+            "raise it, or set 0 to skip the stage"
+        )
     return batches
 
 
@@ -1757,18 +1921,32 @@ def engine_samples(
 
     live = not any(getattr(module, "disable_adapters", None) is True for module in model.modules())
     folder = os.path.join(tempfile.gettempdir(), f"score-lora-{os.getpid()}")  # for the adapter's settings
-    how = [SamplingParams(
-        temperature=temperature, top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0, seed=(seed + row) % 2**31,
-        max_tokens=max_new_tokens, stop_token_ids=eos_token_ids, ignore_eos=not eos_token_ids, logprobs=0,
-        detokenize=False,
-    ) for row in range(len(prompts))]
+    how = [
+        SamplingParams(
+            temperature=temperature,
+            top_p=1.0,
+            top_k=-1,
+            min_p=0.0,
+            repetition_penalty=1.0,
+            seed=(seed + row) % 2**31,
+            max_tokens=max_new_tokens,
+            stop_token_ids=eos_token_ids,
+            ignore_eos=not eos_token_ids,
+            logprobs=0,
+            detokenize=False,
+        )
+        for row in range(len(prompts))
+    ]
     answers = model.fast_generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts], sampling_params=how, use_tqdm=False,
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        sampling_params=how,
+        use_tqdm=False,
         lora_request=model.load_lora(folder, load_tensors=True) if live else None,
     )
     rows = [answer.outputs[0] for answer in answers]
-    log_probs = [[found[token].logprob for token, found in zip(row.token_ids, row.logprobs, strict=True)]
-                 for row in rows]
+    log_probs = [
+        [found[token].logprob for token, found in zip(row.token_ids, row.logprobs, strict=True)] for row in rows
+    ]
     return [list(row.token_ids) for row in rows], log_probs
 
 
@@ -1881,9 +2059,27 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["tokens", "layer"])
     def _rope_cache_kernel(
-        y, b, q_norm, k_norm, cos, sin, rows, pos, q, anchor, control, tokens, layer, eps,
-        H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-        NORM: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+        y,
+        b,
+        q_norm,
+        k_norm,
+        cos,
+        sin,
+        rows,
+        pos,
+        q,
+        anchor,
+        control,
+        tokens,
+        layer,
+        eps,
+        H: tl.constexpr,
+        KV: tl.constexpr,
+        D: tl.constexpr,
+        R: tl.constexpr,
+        NORM: tl.constexpr,
+        M: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):
         """M tokens of one head of q|k|v: add LoRA; normalize and rotate q and k; q goes out, k and v to the cache."""
         n = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
@@ -1921,8 +2117,22 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["layer"])
     def _attend_kernel(
-        q, anchor, control, rows, pos, o, part, layer, scale, KV: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr,
-        D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+        q,
+        anchor,
+        control,
+        rows,
+        pos,
+        o,
+        part,
+        layer,
+        scale,
+        KV: tl.constexpr,
+        GROUP: tl.constexpr,
+        G: tl.constexpr,
+        D: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        BLOCK: tl.constexpr,
+        SPLITS: tl.constexpr,
     ):
         """One token's GROUP query heads of one K/V head over slots 0..pos of its cache row, or one of SPLITS parts."""
         row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -2002,8 +2212,11 @@ if triton is not None:
         z = tl.load(logits + row * VOCAB + c, mask=c < VOCAB, other=float("-inf")).to(tl.float32) * tl.load(heat)
         quad = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)  # Philox gives four numbers at a time
         r0, r1, r2, r3 = tl.philox(
-            tl.load(control + 4), quad, quad * 0 + tl.load(ids_of_rows + row).to(tl.int32),
-            quad * 0 + tl.load(count + row).to(tl.int32), quad * 0,
+            tl.load(control + 4),
+            quad,
+            quad * 0 + tl.load(ids_of_rows + row).to(tl.int32),
+            quad * 0 + tl.load(count + row).to(tl.int32),
+            quad * 0,
         )
         bits = tl.reshape(tl.join(tl.join(r0, r1), tl.join(r2, r3)), (BLOCK,))
         u = tl.minimum(((bits >> 1).to(tl.float32) + 0.5) * 4.656612873e-10, 0.99999994)
@@ -2018,8 +2231,25 @@ if triton is not None:
 
     @triton.jit
     def _advance_kernel(
-        logits, control, heat, best, where, top, total, eos, state, tokens, logps, lengths, pad, CAP: tl.constexpr,
-        WIDTH: tl.constexpr, VOCAB: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, EOS: tl.constexpr,
+        logits,
+        control,
+        heat,
+        best,
+        where,
+        top,
+        total,
+        eos,
+        state,
+        tokens,
+        logps,
+        lengths,
+        pad,
+        CAP: tl.constexpr,
+        WIDTH: tl.constexpr,
+        VOCAB: tl.constexpr,
+        BLOCKS: tl.constexpr,
+        BLOCK: tl.constexpr,
+        EOS: tl.constexpr,
     ):
         """One row: pick the winning block's token, record it and its log-prob, and move the row's state on."""
         row = tl.program_id(0).to(tl.int64)
@@ -2448,8 +2678,25 @@ class Decoder:
         if self.kernels:
             q, norms = y.new_empty(len(y), heads * dim), layer.norms or (y, y)
             _rope_cache_kernel[(triton.cdiv(len(y), 16), heads + 2 * kv)](
-                y, layer.qkv.b, *norms, self.cos, self.sin, rows, pos, q, self.anchor, self.control, len(y), index,
-                self.eps, heads, kv, dim, layer.qkv.rank, bool(layer.norms), 16,
+                y,
+                layer.qkv.b,
+                *norms,
+                self.cos,
+                self.sin,
+                rows,
+                pos,
+                q,
+                self.anchor,
+                self.control,
+                len(y),
+                index,
+                self.eps,
+                heads,
+                kv,
+                dim,
+                layer.qkv.rank,
+                bool(layer.norms),
+                16,
                 max(16, triton.next_power_of_2(dim // 2)),
             )
             return q
@@ -2476,8 +2723,22 @@ class Decoder:
         part = q.new_empty(n * self.heads * splits * (dim + 2) * (splits > 1), dtype=torch.float32)
         wide = max(16, triton.next_power_of_2(dim))
         _attend_kernel[(n, self.kv, splits)](
-            q, self.anchor, self.control, rows, pos, out, part, index, dim**-0.5, self.kv, group,
-            max(16, triton.next_power_of_2(group)), dim, wide, max(16, 16384 // (wide * q.element_size())), splits,
+            q,
+            self.anchor,
+            self.control,
+            rows,
+            pos,
+            out,
+            part,
+            index,
+            dim**-0.5,
+            self.kv,
+            group,
+            max(16, triton.next_power_of_2(group)),
+            dim,
+            wide,
+            max(16, 16384 // (wide * q.element_size())),
+            splits,
             num_stages=self.stages,
         )
         if splits > 1:
@@ -2513,13 +2774,40 @@ class Decoder:
             where = logits.new_empty(rows, blocks, dtype=torch.int32)
             state = self.state
             _sample_kernel[(rows, blocks)](
-                logits, self.control, self.heat, state[4], state[2], best, where, top, total, logits.shape[1], block,
+                logits,
+                self.control,
+                self.heat,
+                state[4],
+                state[2],
+                best,
+                where,
+                top,
+                total,
+                logits.shape[1],
+                block,
                 num_warps=8,
             )
             _advance_kernel[(rows,)](
-                logits, self.control, self.heat, best, where, top, total, self.eos, state, self.tokens, self.logps,
-                self.lengths, self.pad, state.shape[1], self.tokens.shape[1], logits.shape[1], blocks,
-                triton.next_power_of_2(blocks), len(self.eos), num_warps=1,
+                logits,
+                self.control,
+                self.heat,
+                best,
+                where,
+                top,
+                total,
+                self.eos,
+                state,
+                self.tokens,
+                self.logps,
+                self.lengths,
+                self.pad,
+                state.shape[1],
+                self.tokens.shape[1],
+                logits.shape[1],
+                blocks,
+                triton.next_power_of_2(blocks),
+                len(self.eos),
+                num_warps=1,
             )
             return
         logp = F.log_softmax(logits.float() / (self.temperature or 1), -1)
@@ -2561,8 +2849,13 @@ def sum_over_processes(policy: Policy, stats: list[dict[str, float]]) -> list[di
     for weight, gradient in zip(weights, flat.split([w.numel() for w in weights]), strict=True):
         weight.grad = gradient.view_as(weight)
     everyones = zip(*gather_object([stats]), strict=True)  # by attempt, then by process
-    return [{key: float(np.max([s[key] for s in parts])) if key == "kl_max" else sum(s[key] for s in parts)
-             for key in parts[0]} for parts in everyones]
+    return [
+        {
+            key: float(np.max([s[key] for s in parts])) if key == "kl_max" else sum(s[key] for s in parts)
+            for key in parts[0]
+        }
+        for parts in everyones
+    ]
 
 
 @contextmanager
@@ -2623,9 +2916,12 @@ class Run:
         if event["event"] == "eval" or time.time() - self.renewed >= RENEW_SECONDS:
             self.write_results()
         if event["event"] == "eval":
-            say("Evaluated {checkpoint}: Acc@t1 {acc_attempt1:.3f}, Acc@t2 {acc_attempt2:.3f}, delta {delta:+.3f}, "
-                "i->c {delta_i_to_c:.3f} (wrong->c {wrong_to_correct:.3f}), c->i {delta_c_to_i:.3f}, n {n}"
-                .format(**event))
+            say(
+                "Evaluated {checkpoint}: Acc@t1 {acc_attempt1:.3f}, Acc@t2 {acc_attempt2:.3f}, delta {delta:+.3f}, "
+                "i->c {delta_i_to_c:.3f} (wrong->c {wrong_to_correct:.3f}), c->i {delta_c_to_i:.3f}, n {n}".format(
+                    **event
+                )
+            )
         if self.wandb:
             with at_the_loggers_risk(self):
                 log_to_wandb(self, event, samples)
@@ -2641,11 +2937,13 @@ class Run:
         evals = self.evals()
         packages = ("torch", "transformers", "peft", "unsloth", "datasets")
         results = {
-            "run_name": self.config.run_name, "evals": evals,
-            "versions": {"python": sys.version.split()[0]} | {
-                p: importlib.metadata.version(p) if importlib.util.find_spec(p) else None for p in packages},
+            "run_name": self.config.run_name,
+            "evals": evals,
+            "versions": {"python": sys.version.split()[0]}
+            | {p: importlib.metadata.version(p) if importlib.util.find_spec(p) else None for p in packages},
             "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type,
-            "seconds_total": self.seconds_before + time.time() - self.started, "git_commit": git_commit(),
+            "seconds_total": self.seconds_before + time.time() - self.started,
+            "git_commit": git_commit(),
             "command": self.command,
         } | self.kept
         write_atomically(self.folder / "results.json", json.dumps(results, indent=1))
@@ -2677,8 +2975,10 @@ def open_run(args: argparse.Namespace, config: Config) -> tuple[Run, Path | None
         taken = ["stage2"] if "stage2" in taken or any(e.get("stage") == 2 for e in lines) else []
     if taken and not adding:
         if not (args.overwrite or args.smoke):
-            raise UserError(f"output.dir: {folder} already holds a run ({', '.join(taken)}); continue it with "
-                            "--resume, choose another with --set run_name=NAME, or delete it with --overwrite")
+            raise UserError(
+                f"output.dir: {folder} already holds a run ({', '.join(taken)}); continue it with "
+                "--resume, choose another with --set run_name=NAME, or delete it with --overwrite"
+            )
         doomed = folder / "stage2" if args.start_stage == 2 else folder
         if adapter and adapter.resolve().is_relative_to(doomed.resolve()):
             raise UserError(f"--overwrite: would delete the adapter to start from, {adapter}")
@@ -2711,8 +3011,11 @@ def enter_run(args: argparse.Namespace, run: Run, checkpoint: Path | None) -> No
         return
     if args.start_stage == 2 and not checkpoint and not evaluates_as(folder / "config.yaml", run.config):
         for name in ("metrics.jsonl", "samples.jsonl"):  # so pretrain is evaluated anew
-            kept = [e for e in read_lines(folder / name)
-                    if "eval_only" in e or not (e.get("checkpoint") == "pretrain" or "held_out" in e)]
+            kept = [
+                e
+                for e in read_lines(folder / name)
+                if "eval_only" in e or not (e.get("checkpoint") == "pretrain" or "held_out" in e)
+            ]
             write_atomically(folder / name, "".join(map(to_json, kept)))
     text = yaml.safe_dump(run.config.model_dump(), sort_keys=False, allow_unicode=True)
     write_atomically(folder / "config.yaml", text)
@@ -2729,33 +3032,51 @@ def enter_run(args: argparse.Namespace, run: Run, checkpoint: Path | None) -> No
 
 
 # A resumed run may change these: they move time, memory and files, not the mathematics.
-HARMLESS_KEYS = ("wandb_project", "eval.", "output.", "model.decoder", "model.fast_inference",
-                 "model.gradient_checkpointing", "train.micro_batch_size", "train.checkpoint_every",
-                 "train.max_skipped_steps")
+HARMLESS_KEYS = (
+    "wandb_project",
+    "eval.",
+    "output.",
+    "model.decoder",
+    "model.fast_inference",
+    "model.gradient_checkpointing",
+    "train.micro_batch_size",
+    "train.checkpoint_every",
+    "train.max_skipped_steps",
+)
 
 
 def check_same_config(file: Path, config: Config) -> None:
     """A resumed run keeps its mathematics. Raises UserError that lists every key that would change it."""
     flat = lambda tree, prefix="": {  # noqa: E731
-        key: value for name, item in tree.items()
+        key: value
+        for name, item in tree.items()
         for key, value in (flat(item, f"{prefix}{name}.") if isinstance(item, dict) else {prefix + name: item}).items()
     }
     try:
         before, now = flat(yaml.safe_load(file.read_text(encoding="utf-8"))), flat(config.model_dump())
     except Exception as error:  # whatever stands there
         raise UserError(f"--resume: {file} is damaged ({first_line(error)}); delete it if no key changed") from None
-    then = {f"{name}.{key}": info.default for name, section in config if isinstance(section, Section)
-            for key, info in type(section).model_fields.items()} | before  # a key that is younger than the file
-    changed = [f"{key} {then.get(key)!r} -> {now[key]!r}" if key in now else f"{key}, which is no key any more"
-               for key in sorted(before.keys() | now.keys())
-               if then.get(key) != now.get(key) and (key == "eval.validation" or not key.startswith(HARMLESS_KEYS))]
+    then = {
+        f"{name}.{key}": info.default
+        for name, section in config
+        if isinstance(section, Section)
+        for key, info in type(section).model_fields.items()
+    } | before  # a key that is younger than the file
+    changed = [
+        f"{key} {then.get(key)!r} -> {now[key]!r}" if key in now else f"{key}, which is no key any more"
+        for key in sorted(before.keys() | now.keys())
+        if then.get(key) != now.get(key) and (key == "eval.validation" or not key.startswith(HARMLESS_KEYS))
+    ]
     if changed:
-        raise UserError(f"--resume: {file} was made with another config ({'; '.join(changed)}); put these back, or "
-                        "start a new run with --set run_name=NAME")
+        raise UserError(
+            f"--resume: {file} was made with another config ({'; '.join(changed)}); put these back, or "
+            "start a new run with --set run_name=NAME"
+        )
 
 
 def evaluates_as(file: Path, config: Config) -> bool:
     """Does the config of an earlier run, if there is one, evaluate on the same rows, prompts and budgets?"""
+
     def measure(tree: dict[str, Any]) -> list[Any]:
         budgets = {key: value for key, value in tree["train"].items() if key.startswith("max_")}
         return [*(tree[section] for section in ("model", "dataset", "prompts", "reward", "eval")), budgets]
@@ -2855,8 +3176,9 @@ def to_json(row: dict[str, Any]) -> str:
 
 
 @on_main
-def save_checkpoint(policy: Policy, folder: Path, state: dict, optimizer: torch.optim.Optimizer | None,
-                    card: str | None = None) -> None:
+def save_checkpoint(
+    policy: Policy, folder: Path, state: dict, optimizer: torch.optim.Optimizer | None, card: str | None = None
+) -> None:
     """Writes adapter, tokenizer, model card, optimizer state and state.json to a hidden folder, then moves them in
     place. state.json comes last: a folder without it is not a checkpoint. safetensors and JSON only."""
     temporary = folder.parent / f".{folder.name}.tmp" if folder.name.startswith("step_") else folder / ".end.tmp"
@@ -2868,8 +3190,11 @@ def save_checkpoint(policy: Policy, folder: Path, state: dict, optimizer: torch.
         if card:
             (temporary / "README.md").write_text(card, encoding="utf-8")
         if optimizer:
-            moments = {f"{name}/{key}": value.contiguous() for name, parameter in policy.trainable.items()
-                       for key, value in optimizer.state[parameter].items()}
+            moments = {
+                f"{name}/{key}": value.contiguous()
+                for name, parameter in policy.trainable.items()
+                for key, value in optimizer.state[parameter].items()
+            }
             save_file(moments, temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
         for file in temporary.rglob("*"):
@@ -2891,7 +3216,8 @@ def load_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, file: Path)
         prefix = f"{name}/"
         optimizer.state[parameter] = {
             key.removeprefix(prefix): value.to("cpu" if key == f"{prefix}step" else parameter.device)
-            for key, value in moments.items() if key.startswith(prefix)
+            for key, value in moments.items()
+            if key.startswith(prefix)
         }
 
 
@@ -2957,16 +3283,20 @@ def push_to_hub(folder: Path, name: str) -> None:
         huggingface_hub.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=own)
     except Exception as error:  # no token, no network, no right to write: each its own class
         by_hand = f"hf upload {name} {folder} --exclude 'step_*' --exclude state.json"
-        raise RunError(f"output.push_to_hub: {name} was not pushed: {first_line(error)}; the run is complete, push it "
-                       f"with --resume, or: {by_hand}") from None
+        raise RunError(
+            f"output.push_to_hub: {name} was not pushed: {first_line(error)}; the run is complete, push it "
+            f"with --resume, or: {by_hand}"
+        ) from None
     say(f"Pushed {folder} to {name}")
 
 
 # ---------------------------------------------------------------------------------------------------------- reports
 
 
-STEP_LINE = ("reward {reward_attempt1:.3f} / {reward_attempt2:.3f}, acc {acc_attempt1:.2f} / {acc_attempt2:.2f}, "
-             "kl {kl_attempt1:.3f} / {kl_attempt2:.3f}, {tokens_per_second:.0f} tok/s")
+STEP_LINE = (
+    "reward {reward_attempt1:.3f} / {reward_attempt2:.3f}, acc {acc_attempt1:.2f} / {acc_attempt2:.2f}, "
+    "kl {kl_attempt1:.3f} / {kl_attempt2:.3f}, {tokens_per_second:.0f} tok/s"
+)
 
 
 def progress(items: Any, title: str, **kwargs: Any) -> tqdm:
@@ -2986,12 +3316,19 @@ def rollout_means(attempts: list[Attempt], corrections: int) -> dict[str, float]
 def sample_rows(examples: list[Example], attempts: list[Attempt], where: dict, most: int | None = None) -> list[dict]:
     """Rows of samples.jsonl: the question, the target and both attempts with their rewards."""
     return [
-        where | {"question": example.question, "target": example.target} | {
+        where
+        | {"question": example.question, "target": example.target}
+        | {
             f"{key}_attempt{number}": values[row]
             for number, attempt in enumerate(attempts, 1)
-            for key, values in (("text", attempt.texts), ("answer", attempt.answers), ("reward", attempt.rewards),
-                                ("correct", attempt.correct), ("truncated", attempt.truncated),
-                                ("tokens", [*map(len, attempt.completions)]))
+            for key, values in (
+                ("text", attempt.texts),
+                ("answer", attempt.answers),
+                ("reward", attempt.rewards),
+                ("correct", attempt.correct),
+                ("truncated", attempt.truncated),
+                ("tokens", [*map(len, attempt.completions)]),
+            )
         }
         for row, example in enumerate(examples[:most])
     ]
@@ -3021,8 +3358,10 @@ def vote(policy: Policy, examples: list[Example], config: Config) -> dict[str, f
         (more,) = roll_out(policy, rows, config, temperature, f"{seed}/more", attempts=1)
         for row in range(0, len(rows), most):
             for k in sizes:
-                votes = {"parallel": [(a, r) for a in (first, more) for r in range(row, row + k)],
-                         "sequential": [(second, r) for r in range(row, row + k)]}
+                votes = {
+                    "parallel": [(a, r) for a in (first, more) for r in range(row, row + k)],
+                    "sequential": [(second, r) for r in range(row, row + k)],
+                }
                 for way, cast in votes.items():
                     attempt, winner = cast[majority([a.texts[r] for a, r in cast], extract)]
                     right[way, 2 * k] += attempt.correct[winner]
@@ -3046,9 +3385,12 @@ def warn_of_budgets(run: Run, stage: int, rows: int) -> None:
     """Says in one line which budgets cut off more than 5% of the stage's attempts so far, `rows` a step."""
     steps = [e for e in read_lines(run.folder / "metrics.jsonl") if e["event"] == "train" and e["stage"] == stage]
     cut = {n: sum(e[f"truncated_attempt{n}"] for e in steps) / len(steps) for n in (1, 2)}
-    budgets = [f"train.max_new_tokens_attempt{n} = {getattr(run.config.train, f'max_new_tokens_attempt{n}')} cut off "
-               f"{share:.0%} of the first {rows * len(steps)} {('first', 'second')[n - 1]} attempts"
-               for n, share in cut.items() if share > 0.05]
+    budgets = [
+        f"train.max_new_tokens_attempt{n} = {getattr(run.config.train, f'max_new_tokens_attempt{n}')} cut off "
+        f"{share:.0%} of the first {rows * len(steps)} {('first', 'second')[n - 1]} attempts"
+        for n, share in cut.items()
+        if share > 0.05
+    ]
     if budgets:
         config = shlex.quote(str(run.folder / "config.yaml"))
         say(f"Warning: {' and '.join(budgets)}; python profile_run.py --config {config} recommends budgets.")
@@ -3058,24 +3400,49 @@ def results_table(evals: list[dict[str, Any]]) -> str:
     """The evaluations as markdown: the paper's metrics, what the corrections are, and votes where there were any."""
     columns = {"checkpoint": "checkpoint", "Acc@t1": "acc_attempt1", "Acc@t2": "acc_attempt2"}
     columns |= {f"Acc@t{key[11:]}": key for e in evals for key in e if re.fullmatch(r"acc_attempt\d+", key)}
-    columns |= {"delta": "delta", "95%": "delta_interval", "i->c": "delta_i_to_c", "c->i": "delta_c_to_i",
-                "reward 1": "reward_attempt1", "reward 2": "reward_attempt2", "edit distance": "edit_distance_ratio",
-                "n": "n"}
-    kind = lambda e: (" (eval only)" * ("eval_only" in e) or " (given adapter)" * ("adapter" in e)  # noqa: E731
-                      or " (validation)" * ("held_out" in e))
+    columns |= {
+        "delta": "delta",
+        "95%": "delta_interval",
+        "i->c": "delta_i_to_c",
+        "c->i": "delta_c_to_i",
+        "reward 1": "reward_attempt1",
+        "reward 2": "reward_attempt2",
+        "edit distance": "edit_distance_ratio",
+        "n": "n",
+    }
+    kind = lambda e: (
+        " (eval only)" * ("eval_only" in e)
+        or " (given adapter)" * ("adapter" in e)  # noqa: E731
+        or " (validation)" * ("held_out" in e)
+    )
     rows = [e | {"checkpoint": e["checkpoint"] + kind(e)} for e in evals]
     table = markdown([list(columns), *([row.get(key) for key in columns.values()] for row in rows)])
-    split = {"checkpoint": "checkpoint"} | {
-        f"{title} {number}": f"{name}_attempt{number}" for title, name in (
-            ("flexible", "flexible_acc"), ("unanswered", "unanswered"), ("cut off", "truncated")) for number in (1, 2)
-    } | {"unanswered->c": "unanswered_to_correct", "wrong->c": "wrong_to_correct", "c->unanswered":
-         "correct_to_unanswered", "c->wrong": "correct_to_wrong", "wrong 1": "wrong_answered", "mended": "wrong_mended",
-         "repeated": "wrong_repeated"}
+    split = (
+        {"checkpoint": "checkpoint"}
+        | {
+            f"{title} {number}": f"{name}_attempt{number}"
+            for title, name in (("flexible", "flexible_acc"), ("unanswered", "unanswered"), ("cut off", "truncated"))
+            for number in (1, 2)
+        }
+        | {
+            "unanswered->c": "unanswered_to_correct",
+            "wrong->c": "wrong_to_correct",
+            "c->unanswered": "correct_to_unanswered",
+            "c->wrong": "correct_to_wrong",
+            "wrong 1": "wrong_answered",
+            "mended": "wrong_mended",
+            "repeated": "wrong_repeated",
+        }
+    )
     if any("wrong_answered" in e for e in evals):  # not in runs of older versions
         table += "\n\nCorrections, shares of the rows (mended and repeated: of the wrong first attempts):\n\n"
         table += markdown([list(split), *([row.get(key) for key in split.values()] for row in rows)])
-    votes = [[e["checkpoint"], int(key[14:]), e[key], e[key.replace("parallel", "sequential")]]
-             for e in evals for key in e if key.startswith("vote_parallel_")]
+    votes = [
+        [e["checkpoint"], int(key[14:]), e[key], e[key.replace("parallel", "sequential")]]
+        for e in evals
+        for key in e
+        if key.startswith("vote_parallel_")
+    ]
     if not votes:
         return table
     header = ["checkpoint", "attempts", "vote of that many first attempts", "of half as many, each corrected once"]
@@ -3084,8 +3451,15 @@ def results_table(evals: list[dict[str, Any]]) -> str:
 
 def markdown(rows: list[list[Any]]) -> str:
     """A table whose first row is the header."""
-    show = lambda v: ("" if v is None else f"{v:.3f}" if isinstance(v, float)  # noqa: E731
-                      else f"{v[0]:+.3f} to {v[1]:+.3f}" if isinstance(v, list) else str(v))
+    show = lambda v: (
+        ""
+        if v is None
+        else f"{v:.3f}"
+        if isinstance(v, float)  # noqa: E731
+        else f"{v[0]:+.3f} to {v[1]:+.3f}"
+        if isinstance(v, list)
+        else str(v)
+    )
     cells = [[show(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
@@ -3107,16 +3481,25 @@ def draw_curves(folder: Path) -> None:
     signs = "dots: test, diamonds: validation" if validated else "dots: held out"
     x = [e["global_step"] for e in steps]
     window = np.ones(max(1, len(x) // 20))
-    panels = {"reward": "mean reward of rollouts", "acc": f"accuracy ({signs}, 95% interval)",
-              "reward_gap": "reward gap (attempt 2 - attempt 1)", "corrections": f"corrected rows ({signs})",
-              "kl": "KL to the reference, per token (K3)", "completion_tokens": "completion tokens",
-              "truncated": "cut off by the budget (dashed: unanswered)",
-              "wrong first attempts": "of the answered wrong first attempts"}
+    panels = {
+        "reward": "mean reward of rollouts",
+        "acc": f"accuracy ({signs}, 95% interval)",
+        "reward_gap": "reward gap (attempt 2 - attempt 1)",
+        "corrections": f"corrected rows ({signs})",
+        "kl": "KL to the reference, per token (K3)",
+        "completion_tokens": "completion tokens",
+        "truncated": "cut off by the budget (dashed: unanswered)",
+        "wrong first attempts": "of the answered wrong first attempts",
+    }
     blue, orange, green, red = (f"tab:{color}" for color in ("blue", "orange", "green", "red"))
-    curves = {"reward_gap": [("reward_gap", green, None)],
-              "corrections": [("wrong_to_correct", green, "wrong -> correct"),
-                              ("unanswered_to_correct", red, "unanswered -> correct")],
-              "wrong first attempts": [("wrong_mended", green, "mended"), ("wrong_repeated", red, "repeated")]}
+    curves = {
+        "reward_gap": [("reward_gap", green, None)],
+        "corrections": [
+            ("wrong_to_correct", green, "wrong -> correct"),
+            ("unanswered_to_correct", red, "unanswered -> correct"),
+        ],
+        "wrong first attempts": [("wrong_mended", green, "mended"), ("wrong_repeated", red, "repeated")],
+    }
     for name in panels.keys() - curves.keys():
         curves[name] = [(f"{name}_attempt{n}", color, f"attempt {n}") for n, color in ((1, blue), (2, orange))]
     curves["truncated"] += [("unanswered_attempt1", blue, None), ("unanswered_attempt2", orange, None)]
@@ -3134,9 +3517,18 @@ def draw_curves(folder: Path) -> None:
                 held_out = np.array([e.get(key) for e in rows], dtype=float)
                 bounds = [e.get(f"{key}_interval") or [e.get(key)] * 2 for e in rows]  # accuracies have some
                 low, high = np.array(bounds, dtype=float).reshape(-1, 2).T
-                axis.errorbar([e["global_step"] for e in rows], held_out, (held_out - low, high - held_out), fmt=sign,
-                              color=color, mec="black", ecolor="black", elinewidth=0.8, capsize=3,
-                              markersize=6 if sign == "o" else 3)
+                axis.errorbar(
+                    [e["global_step"] for e in rows],
+                    held_out,
+                    (held_out - low, high - held_out),
+                    fmt=sign,
+                    color=color,
+                    mec="black",
+                    ecolor="black",
+                    elinewidth=0.8,
+                    capsize=3,
+                    markersize=6 if sign == "o" else 3,
+                )
         boundary = max((e["global_step"] for e in steps if e["stage"] == 1), default=None)
         if boundary and boundary < x[-1]:
             axis.axvline(boundary + 0.5, color="gray", linestyle="--", linewidth=1)
@@ -3167,14 +3559,26 @@ def model_card(config: Config, evals: list[dict[str, Any]], folder: Path) -> str
     local = {name: Path(name).exists() for name in (config.model.name, config.dataset.name)}  # the hub refuses these
     base, data = (Path(name).name if local[name] else name for name in (config.model.name, config.dataset.name))
     metadata = huggingface_hub.ModelCardData(
-        base_model=None if local[config.model.name] else base, datasets=None if local[config.dataset.name] else [data],
-        library_name="peft", pipeline_tag="text-generation", model_name=config.run_name if final else None,
-        tags=["lora", "score", "self-correction", "reinforcement-learning"], eval_results=[
+        base_model=None if local[config.model.name] else base,
+        datasets=None if local[config.dataset.name] else [data],
+        library_name="peft",
+        pipeline_tag="text-generation",
+        model_name=config.run_name if final else None,
+        tags=["lora", "score", "self-correction", "reinforcement-learning"],
+        eval_results=[
             huggingface_hub.EvalResult(
-                task_type="text-generation", dataset_name=data, dataset_type=data, dataset_split=e.get("held_out"),
+                task_type="text-generation",
+                dataset_name=data,
+                dataset_type=data,
+                dataset_split=e.get("held_out"),
                 metric_type="accuracy",
-                metric_name=f"accuracy of attempt {number}", metric_value=e[f"acc_attempt{number}"])
-            for e in final[-1:] for number in (1, 2)] or None,
+                metric_name=f"accuracy of attempt {number}",
+                metric_value=e[f"acc_attempt{number}"],
+            )
+            for e in final[-1:]
+            for number in (1, 2)
+        ]
+        or None,
     )
     train, last = config.train, "stage2" if config.train.stage2_epochs else "stage1"
     where = config.output.push_to_hub if config.output.push_to_hub and folder.name == last else folder
@@ -3186,8 +3590,12 @@ def model_card(config: Config, evals: list[dict[str, Any]], folder: Path) -> str
     opening = [{"role": "system", "content": config.prompts.system}] if system else []
     opening, budget = opening + example_turns(config.prompts), train.max_new_tokens_attempt2
     turns = json.dumps(example_turns(config.prompts), indent=1, ensure_ascii=False)
-    examples = ("Worked examples, sent before the problem as earlier turns, with their reasoning also where the chat "
-                f"template would cut it:\n\n```json\n{turns}\n```\n\n" if config.prompts.examples else "")
+    examples = (
+        "Worked examples, sent before the problem as earlier turns, with their reasoning also where the chat "
+        f"template would cut it:\n\n```json\n{turns}\n```\n\n"
+        if config.prompts.examples
+        else ""
+    )
     return f"""---
 {metadata.to_yaml()}
 ---
@@ -3246,8 +3654,13 @@ def start_wandb(run: Run, run_id: str | None) -> None:
         import wandb
 
         run.wandb = wandb.init(
-            project=project, name=run.config.run_name, config=run.config.model_dump(), dir=str(run.folder), mode=mode,
-            id=run_id, resume="allow" if run_id else None,
+            project=project,
+            name=run.config.run_name,
+            config=run.config.model_dump(),
+            dir=str(run.folder),
+            mode=mode,
+            id=run_id,
+            resume="allow" if run_id else None,
             settings=wandb.Settings(silent=True, console="off", init_timeout=20, x_disable_stats=True),
         )
         run.wandb.define_metric("*", step_metric="global_step")
@@ -3307,8 +3720,11 @@ def say_best_on_validation(run: Run) -> None:
     ends_stage = [e for e in validated if e["checkpoint"].startswith(stage)][-1] is best
     place = run.folder / (stage if ends_stage else best["checkpoint"])
     gone = "" if place.exists() else ", no longer kept (output.keep_checkpoints)"
-    say(f"Best on the {best['n']} validation rows: {place}{gone}, Acc@t2 {best['acc_attempt2']:.3f}"
-        + f"; of the last, which output.* merges and pushes, {last['acc_attempt2']:.3f}" * (best is not last) + ".")
+    say(
+        f"Best on the {best['n']} validation rows: {place}{gone}, Acc@t2 {best['acc_attempt2']:.3f}"
+        + f"; of the last, which output.* merges and pushes, {last['acc_attempt2']:.3f}" * (best is not last)
+        + "."
+    )
 
 
 def hand_over(args: argparse.Namespace, config: Config, run: Run, policy: Policy) -> None:
@@ -3381,8 +3797,13 @@ def main(args: argparse.Namespace, config: Config) -> int:
     except RunError as error:
         code, line = 1, error
     except torch.OutOfMemoryError:
-        code, line = 1, ("Out of GPU memory in a rollout; lower train.stage1_batch_size, train.stage2_batch_size or "
-                         "train.num_generations (in an evaluation: eval.batch_size, eval.samples)")
+        code, line = (
+            1,
+            (
+                "Out of GPU memory in a rollout; lower train.stage1_batch_size, train.stage2_batch_size or "
+                "train.num_generations (in an evaluation: eval.batch_size, eval.samples)"
+            ),
+        )
     except OSError as error:
         code, line = 1, f"{error.filename or config.output.dir}: {error.strerror or error}"
     except RuntimeError as error:

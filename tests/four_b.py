@@ -122,8 +122,17 @@ def run_case(case: dict[str, Any], args: argparse.Namespace) -> None:
         made = result if what == "load" else policy
         on = (cuda and made and not made.recompute) if auto else config.model.gradient_checkpointing
         peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-        tell(case["name"], what, rows, f"{seconds:.2f}", f"{peak:.2f}", f"{(whole - free) / 2**30:.2f}",
-             made.micro_tokens if made else "", ("off", "on")[bool(on)] if made else "", notes)
+        tell(
+            case["name"],
+            what,
+            rows,
+            f"{seconds:.2f}",
+            f"{peak:.2f}",
+            f"{(whole - free) / 2**30:.2f}",
+            made.micro_tokens if made else "",
+            ("off", "on")[bool(on)] if made else "",
+            notes,
+        )
         return result
 
     tokenizer = train.load_tokenizer(config)
@@ -140,6 +149,7 @@ def run_case(case: dict[str, Any], args: argparse.Namespace) -> None:
     if case["extras"]:
         adam, rng = optimizer(), random.Random(0)
         for step in range(5):
+
             def work(step: int = step) -> str:
                 attempts = train.roll_out(policy, problems, config, budgets.generation_temperature, f"extras/{step}")
                 for attempt in attempts:  # noise earns nothing

@@ -117,8 +117,13 @@ def run_trl(train: Any, config: Any, tokenizer: Any, examples: list, clock: Cloc
         train.torch.set_num_threads(1)
     rollouts = settings.stage2_batch_size * settings.num_generations
     batch = batch if rollouts % batch == 0 else rollouts
-    rows = [{"prompt": train.chat_text(tokenizer, config, [{"role": "user", "content": example.question}]),
-             "target": example.target} for example in examples]
+    rows = [
+        {
+            "prompt": train.chat_text(tokenizer, config, [{"role": "user", "content": example.question}]),
+            "target": example.target,
+        }
+        for example in examples
+    ]
 
     def reward(completions: list[str], completion_ids: list[list[int]], target: list[str], **_: Any) -> list[float]:
         clock.look()
@@ -134,17 +139,45 @@ def run_trl(train: Any, config: Any, tokenizer: Any, examples: list, clock: Cloc
     more = dict(use_vllm=True, vllm_mode="colocate", vllm_importance_sampling_correction=False) if vllm else {}
     with tempfile.TemporaryDirectory() as folder:
         arguments = trl.GRPOConfig(
-            output_dir=folder, num_train_epochs=1, num_iterations=1, per_device_train_batch_size=batch,
-            gradient_accumulation_steps=rollouts // batch, num_generations=settings.num_generations,
-            max_completion_length=settings.max_new_tokens_attempt1, temperature=settings.generation_temperature,
-            top_p=1.0, top_k=0, beta=settings.beta1, learning_rate=settings.learning_rate, weight_decay=0.0,
-            max_grad_norm=settings.max_grad_norm, lr_scheduler_type="constant", warmup_steps=0, optim="adamw_torch",
-            loss_type="grpo", scale_rewards="none", mask_truncated_completions=False, shuffle_dataset=False,
-            bf16=gpu, use_cpu=not gpu, gradient_checkpointing=bool(config.model.gradient_checkpointing),
-            seed=settings.seed, logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True, **more,
+            output_dir=folder,
+            num_train_epochs=1,
+            num_iterations=1,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=rollouts // batch,
+            num_generations=settings.num_generations,
+            max_completion_length=settings.max_new_tokens_attempt1,
+            temperature=settings.generation_temperature,
+            top_p=1.0,
+            top_k=0,
+            beta=settings.beta1,
+            learning_rate=settings.learning_rate,
+            weight_decay=0.0,
+            max_grad_norm=settings.max_grad_norm,
+            lr_scheduler_type="constant",
+            warmup_steps=0,
+            optim="adamw_torch",
+            loss_type="grpo",
+            scale_rewards="none",
+            mask_truncated_completions=False,
+            shuffle_dataset=False,
+            bf16=gpu,
+            use_cpu=not gpu,
+            gradient_checkpointing=bool(config.model.gradient_checkpointing),
+            seed=settings.seed,
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            **more,
         )
-        trainer = trl.GRPOTrainer(model=model, reward_funcs=[reward], args=arguments, processing_class=tokenizer,
-                                  train_dataset=train.datasets.Dataset.from_list(rows), callbacks=[timer])
+        trainer = trl.GRPOTrainer(
+            model=model,
+            reward_funcs=[reward],
+            args=arguments,
+            processing_class=tokenizer,
+            train_dataset=train.datasets.Dataset.from_list(rows),
+            callbacks=[timer],
+        )
         clock.at("trainer made")
         trainer.train()
 
@@ -190,13 +223,32 @@ def child(args: argparse.Namespace) -> None:
 
 def measure(name: str, args: argparse.Namespace, log: Path, seen: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """A peer's figures from a process of its own, however it ends; `seen` is given those so far after every step."""
-    command = [sys.executable, __file__, "--child", name, "--started", str(time.time()), "--config", args.config,
-               "--steps", str(args.steps), "--trl-batch", str(args.trl_batch), "--set", *args.set]
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        name,
+        "--started",
+        str(time.time()),
+        "--config",
+        args.config,
+        "--steps",
+        str(args.steps),
+        "--trl-batch",
+        str(args.trl_batch),
+        "--set",
+        *args.set,
+    ]
     limit, told = args.limit[name], 0
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                                   start_new_session=True,
-                                   env=QUIET | (EAGER_LOG_PROBS if name.startswith("trl") else {}) | os.environ)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=QUIET | (EAGER_LOG_PROBS if name.startswith("trl") else {}) | os.environ,
+        )
     deadline = time.monotonic() + limit
     try:
         while process.poll() is None and time.monotonic() < deadline and told < args.steps:  # not for its clearing up

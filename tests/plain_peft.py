@@ -75,8 +75,10 @@ def compare(folder: Path, checkpoint: str, n: int, as_text: bool, dtype: str, si
     first = complete(model, prompts, pad, ends, config["train"]["max_new_tokens_attempt1"], size)
     texts = [tokenizer.decode(tokens) for tokens in first]
     if as_text:
-        prompts = [encode([*turns, {"role": "assistant", "content": text}, correct])
-                   for turns, text in zip(asked, texts, strict=True)]
+        prompts = [
+            encode([*turns, {"role": "assistant", "content": text}, correct])
+            for turns, text in zip(asked, texts, strict=True)
+        ]
     else:
         tail = encode([*asked[0], {"role": "assistant", "content": "FIRST ATTEMPT"}, correct], after="FIRST ATTEMPT")
         prompts = [prompt + tokens + tail for prompt, tokens in zip(prompts, first, strict=True)]
@@ -84,13 +86,15 @@ def compare(folder: Path, checkpoint: str, n: int, as_text: bool, dtype: str, si
     extract, counts = ANSWER_EXTRACTORS[config["reward"]["answer_extractor"]], []
     for number, mine in ((1, texts), (2, [tokenizer.decode(tokens) for tokens in second])):
         theirs = [row[f"text_attempt{number}"] for row in rows]
-        counts.append({
-            "rows": len(rows),
-            "identical": sum(a == b for a, b in zip(mine, theirs, strict=True)),
-            "same answer": sum(extract(a) == extract(b) for a, b in zip(mine, theirs, strict=True)),
-            "right here": sum(is_correct(a, row["target"], extract) for a, row in zip(mine, rows, strict=True)),
-            "right in the run": sum(row[f"correct_attempt{number}"] for row in rows),
-        })
+        counts.append(
+            {
+                "rows": len(rows),
+                "identical": sum(a == b for a, b in zip(mine, theirs, strict=True)),
+                "same answer": sum(extract(a) == extract(b) for a, b in zip(mine, theirs, strict=True)),
+                "right here": sum(is_correct(a, row["target"], extract) for a, row in zip(mine, rows, strict=True)),
+                "right in the run": sum(row[f"correct_attempt{number}"] for row in rows),
+            }
+        )
     return counts
 
 

@@ -228,17 +228,27 @@ def test_worked_examples_are_earlier_turns_of_both_prompts_verbatim(
     reasoned = {"input": "1+1=?", "output": "<think>one more</think><answer>2</answer>"}
     shown = [reasoned, {"input": "2+2=?", "output": "4"}]
     room = {"max_prompt_length_attempt1": 200, "max_prompt_length_attempt2": 300}
-    policy, config = make_policy({
-        "model.name": str(build_model(tmp_path / "model", template=template)),
-        "prompts.examples": shown, "prompts.system": system,
-        "model.max_seq_length": 320, **{f"train.{key}": value for key, value in room.items()},
-    })
+    policy, config = make_policy(
+        {
+            "model.name": str(build_model(tmp_path / "model", template=template)),
+            "prompts.examples": shown,
+            "prompts.system": system,
+            "model.max_seq_length": 320,
+            **{f"train.{key}": value for key, value in room.items()},
+        }
+    )
     examples, _ = train.load_examples(config, policy.tokenizer)
     first, second = (a.prompts[0] for a in train.roll_out(policy, examples[:1], config, 1.0, "seed"))
     turn = "<|im_start|>{}\n{}<|im_end|>\n".format
-    expected = turn("system", system) * bool(system) + "".join(
-        turn("user", example["input"]) + f"<|im_start|>assistant\n{example['output']}<|im_end|>\n" for example in shown
-    ) + turn("user", examples[0].question) + "<|im_start|>assistant\n"
+    expected = (
+        turn("system", system) * bool(system)
+        + "".join(
+            turn("user", example["input"]) + f"<|im_start|>assistant\n{example['output']}<|im_end|>\n"
+            for example in shown
+        )
+        + turn("user", examples[0].question)
+        + "<|im_start|>assistant\n"
+    )
     text = policy.tokenizer.decode(first)
     if not template.endswith(THINKING_TEMPLATE):
         assert text == expected
@@ -261,12 +271,15 @@ def test_a_template_that_loses_earlier_turns_is_refused_examples(make_config: Ca
         train.load_examples(config, train.load_tokenizer(config))
 
 
-@pytest.mark.parametrize(("examples", "key"), [
-    ([{"input": "1+1=?"}], "prompts.examples.0.output: required"),
-    ([{"input": "1+1=?", "output": ""}], "prompts.examples.0.output: "),
-    ([{"input": "1+1=?", "outptu": "2", "output": "2"}], "prompts.examples.0.outptu: unknown key"),
-    ({"input": "1+1=?"}, "prompts.examples: "),
-])
+@pytest.mark.parametrize(
+    ("examples", "key"),
+    [
+        ([{"input": "1+1=?"}], "prompts.examples.0.output: required"),
+        ([{"input": "1+1=?", "output": ""}], "prompts.examples.0.output: "),
+        ([{"input": "1+1=?", "outptu": "2", "output": "2"}], "prompts.examples.0.outptu: unknown key"),
+        ({"input": "1+1=?"}, "prompts.examples: "),
+    ],
+)
 def test_faulty_worked_examples_are_named(make_config: Callable[..., Any], examples: Any, key: str) -> None:
     with pytest.raises(train.UserError) as error:
         make_config({"prompts.examples": examples})

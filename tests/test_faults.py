@@ -28,8 +28,12 @@ from conftest import ROOT, assert_same_ending, build_model, ending, fork_run, no
 import train
 
 STEPS = 3  # a stage, with a checkpoint after each
-SHORT = [f"train.stage1_epochs={STEPS / 6}", f"train.stage2_epochs={STEPS / 6}", "train.checkpoint_every=1",
-         "output.keep_checkpoints=null"]
+SHORT = [
+    f"train.stage1_epochs={STEPS / 6}",
+    f"train.stage2_epochs={STEPS / 6}",
+    "train.checkpoint_every=1",
+    "output.keep_checkpoints=null",
+]
 SECRETS = {"WANDB_API_KEY": "5ec12e7" * 6, "HF_TOKEN": "hf_5ecretsecret", "HUGGING_FACE_HUB_TOKEN": "hf_0ther5ecret"}
 
 
@@ -171,8 +175,17 @@ WRITERS = {
 @pytest.mark.parametrize(
     ("writer", "number"),
     [(writer, errno.ENOSPC) for writer in WRITERS]
-    + [(writer, errno.EACCES) for writer in ("samples.jsonl", "results.json", "curves.png", "the adapter", "state.json",
-                                             "rename of a checkpoint")],
+    + [
+        (writer, errno.EACCES)
+        for writer in (
+            "samples.jsonl",
+            "results.json",
+            "curves.png",
+            "the adapter",
+            "state.json",
+            "rename of a checkpoint",
+        )
+    ],
 )
 def test_a_write_that_fails_costs_nothing(
     short_run: Callable[..., list[str]], whole: SimpleNamespace, tmp_path: Path, writer: str, number: int
@@ -280,8 +293,13 @@ def gradients_break_at(*moments: tuple[int, int]) -> Callable[[], None]:
     return before
 
 
-BY_EIGHT = ["train.stage1_batch_size=8", "train.stage1_epochs=1", "train.stage2_batch_size=8", "train.stage2_epochs=1",
-            "train.max_skipped_steps=2"]
+BY_EIGHT = [
+    "train.stage1_batch_size=8",
+    "train.stage1_epochs=1",
+    "train.stage2_batch_size=8",
+    "train.stage2_epochs=1",
+    "train.max_skipped_steps=2",
+]
 
 
 def test_a_gradient_that_is_not_finite_skips_its_step_alone(
@@ -296,8 +314,10 @@ def test_a_gradient_that_is_not_finite_skips_its_step_alone(
     for line in steps.values():
         assert math.isfinite(line["loss"])
         assert (line["grad_norm"] is None) == line["skipped"], "JSON has no infinity"
-    weights = [contents(folder / place)["adapter_model.safetensors"] for place in ("stage1/step_1", "stage1/step_2",
-                                                                                   "stage1", "stage2/step_1")]
+    weights = [
+        contents(folder / place)["adapter_model.safetensors"]
+        for place in ("stage1/step_1", "stage1/step_2", "stage1", "stage2/step_1")
+    ]
     assert weights[0] == weights[1] != weights[2] == weights[3]
     samples = train.read_lines(folder / "samples.jsonl")
     for (stage, step), line in steps.items():

@@ -27,8 +27,10 @@ import train
 from reward_function import ANSWER_EXTRACTORS, REWARD_FNS
 
 SECONDS = 10  # a text takes milliseconds; what is quadratic takes minutes
-SHIPPED = {name: yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text()) for name in
-           ("tiny", "arithmetic", "gsm8k", "math")}
+SHIPPED = {
+    name: yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
+    for name in ("tiny", "arithmetic", "gsm8k", "math")
+}
 slow = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -131,16 +133,60 @@ def test_a_mutated_file_and_any_override_are_taken_or_refused(
 
 
 YAML_PIECES = [
-    "a", ": ", "- ", "\n", "  ", "\t", "[", "]", "{", "}", ",", "&x ", "*x", "!!int ", "!!timestamp ", "!!set ",
-    "!!omap ", "!!pairs ", "!!float ", "!!bool ", "!!binary ", "!!python/none ", "<<: ", "? ", "| ", "> ", "'", '"',
-    "%YAML 1.1\n", "---\n", "...\n", "#", "0x_", "1:60", "2025-13-13", "0o9", ".inf", "~", "train", "\\x", "\x00",
-    "\u2028", "\ufeff", "run_name", "model",
+    "a",
+    ": ",
+    "- ",
+    "\n",
+    "  ",
+    "\t",
+    "[",
+    "]",
+    "{",
+    "}",
+    ",",
+    "&x ",
+    "*x",
+    "!!int ",
+    "!!timestamp ",
+    "!!set ",
+    "!!omap ",
+    "!!pairs ",
+    "!!float ",
+    "!!bool ",
+    "!!binary ",
+    "!!python/none ",
+    "<<: ",
+    "? ",
+    "| ",
+    "> ",
+    "'",
+    '"',
+    "%YAML 1.1\n",
+    "---\n",
+    "...\n",
+    "#",
+    "0x_",
+    "1:60",
+    "2025-13-13",
+    "0o9",
+    ".inf",
+    "~",
+    "train",
+    "\\x",
+    "\x00",
+    "\u2028",
+    "\ufeff",
+    "run_name",
+    "model",
 ]
 
 
 @settings(slow, max_examples=300)
-@given(content=st.binary(max_size=200) | any_text.map(lambda text: text.encode("utf-8", "surrogatepass"))
-       | st.lists(st.sampled_from(YAML_PIECES), max_size=25).map(lambda pieces: "".join(pieces).encode()))
+@given(
+    content=st.binary(max_size=200)
+    | any_text.map(lambda text: text.encode("utf-8", "surrogatepass"))
+    | st.lists(st.sampled_from(YAML_PIECES), max_size=25).map(lambda pieces: "".join(pieces).encode())
+)
 def test_any_file_is_taken_or_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     file = tmp_path_factory.mktemp("fuzz") / "config.yaml"
     file.write_bytes(content)
@@ -165,18 +211,101 @@ def test_a_file_that_holds_itself_is_refused(tmp_path: Path, text: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ rewards
 
 PIECES = [
-    "<think>", "</think>", "<answer>", "</answer>", "<", "####", "\\boxed{", "\\boxed ", "\\fbox{", "{", "}", "\\{",
-    "\\}", "$", "\\$", "\\(", "\\)", "\\frac{", "\\frac12", "\\dfrac", "\\text{", "\\mathrm{", "\\left(", "^\\circ",
-    "^{", "\\!", "\\,", "1,", "1,234", "3.5", ".", "-", "−", "1e9", "e5", "1/", "2 1/2", "=", "%", "€", "°", "x", "i",
-    "_{8}", "ab ", "答", "٣", "²", "\ud800", "\x00", "\u2028", " ", "\n", "\t", "\\", "42",
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "<",
+    "####",
+    "\\boxed{",
+    "\\boxed ",
+    "\\fbox{",
+    "{",
+    "}",
+    "\\{",
+    "\\}",
+    "$",
+    "\\$",
+    "\\(",
+    "\\)",
+    "\\frac{",
+    "\\frac12",
+    "\\dfrac",
+    "\\text{",
+    "\\mathrm{",
+    "\\left(",
+    "^\\circ",
+    "^{",
+    "\\!",
+    "\\,",
+    "1,",
+    "1,234",
+    "3.5",
+    ".",
+    "-",
+    "−",
+    "1e9",
+    "e5",
+    "1/",
+    "2 1/2",
+    "=",
+    "%",
+    "€",
+    "°",
+    "x",
+    "i",
+    "_{8}",
+    "ab ",
+    "答",
+    "٣",
+    "²",
+    "\ud800",
+    "\x00",
+    "\u2028",
+    " ",
+    "\n",
+    "\t",
+    "\\",
+    "42",
 ]
 MANY = 100_000
 # Units that make a scan begin at each of them, and look far from each.
 HARD = [
-    "<answer>", "<think>", "{", "}", "\\boxed{", "1,", "$", "\\frac{", "</answer>", "\\text{", "1,234,", "1 1/",
-    "\\left", "<answer></answer", "<answer><think>", "</think><think>", "\\boxed{}", "\\boxed{\\{", "$1,",
-    "\\frac{1}{", "\\frac{1}", "{,}", "1{,}", "\\text{a", "\\text {", "\\$", "-$", "x=", "1/1", "1e9,", "1.1.",
-    "####\n", "a: ", "ab cd ", "\\ ",
+    "<answer>",
+    "<think>",
+    "{",
+    "}",
+    "\\boxed{",
+    "1,",
+    "$",
+    "\\frac{",
+    "</answer>",
+    "\\text{",
+    "1,234,",
+    "1 1/",
+    "\\left",
+    "<answer></answer",
+    "<answer><think>",
+    "</think><think>",
+    "\\boxed{}",
+    "\\boxed{\\{",
+    "$1,",
+    "\\frac{1}{",
+    "\\frac{1}",
+    "{,}",
+    "1{,}",
+    "\\text{a",
+    "\\text {",
+    "\\$",
+    "-$",
+    "x=",
+    "1/1",
+    "1e9,",
+    "1.1.",
+    "####\n",
+    "a: ",
+    "ab cd ",
+    "\\ ",
 ]
 
 

@@ -38,8 +38,9 @@ def whole(tiny_run: Callable[..., list[str]], tmp_path_factory: pytest.TempPathF
     code = fork_run(tiny_run(out), out / "log", partial(die_at, None, out / "run", out / "moments"))
     assert code == 0, output(out / "log")
     moments = (out / "moments").read_text().splitlines()
-    return SimpleNamespace(folder=out / "run", ending=ending(out / "run"), moments=moments, out=out,
-                           seconds=time.monotonic() - start)
+    return SimpleNamespace(
+        folder=out / "run", ending=ending(out / "run"), moments=moments, out=out, seconds=time.monotonic() - start
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- moments
@@ -173,16 +174,32 @@ def test_killed_at_random_moments(
     record_property("said", f"{kills} kills of {len(chosen)} runs {more}, every ending the same")
     assert kills >= 20
     assert twice >= 3
-    for place in ("evaluation pretrain", "stage1 step", "stage1/step_", "/stage1 checkpoint", "stage1 prune", "half of",
-                  "evaluation stage1", "stage2 step", "stage2/step_", "/stage2 checkpoint", "evaluation stage2"):
+    for place in (
+        "evaluation pretrain",
+        "stage1 step",
+        "stage1/step_",
+        "/stage1 checkpoint",
+        "stage1 prune",
+        "half of",
+        "evaluation stage1",
+        "stage2 step",
+        "stage2/step_",
+        "/stage2 checkpoint",
+        "evaluation stage2",
+    ):
         assert any(place in told for told in places), f"no kill in {place}: {places}"
 
 
 def slow_writes() -> None:
     """Every flush, rename and weight file takes its time, so that a kill from outside falls into one."""
     no_curves()
-    for module, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (train, "save_file"),
-                         (peft.peft_model, "safe_save_file")):
+    for module, name in (
+        (os, "fsync"),
+        (os, "replace"),
+        (os, "rename"),
+        (train, "save_file"),
+        (peft.peft_model, "safe_save_file"),
+    ):
         inner = getattr(module, name)
 
         def slow(*args: Any, inner: Callable = inner, **kwargs: Any) -> Any:

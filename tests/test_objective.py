@@ -469,7 +469,10 @@ def test_both_attempts_of_a_conversation_have_the_log_probs_of_plain_rows(policy
     assert {c[-1] for c in first.completions} > set(policy.eos_token_ids), "both EOS ids and budgets"
     with torch.no_grad():
         together = train.completion_log_probs(
-            policy, first.prompts + second.prompts, first.completions + second.completions, 0.7,
+            policy,
+            first.prompts + second.prompts,
+            first.completions + second.completions,
+            0.7,
             [prompt + completion for prompt, completion in zip(second.prompts, second.completions, strict=True)],
         )
         rows = [(*row, 0.7) for a in (first, second) for row in zip(a.prompts, a.completions, strict=True)]

@@ -44,8 +44,10 @@ def fork_group(count: int, argv: list[str], logs: Path, then: Callable[[int], An
     logs.mkdir(parents=True, exist_ok=True)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    pids = [fork_run(argv, logs / str(rank), partial(join_group, rank, count, port, then), wait=False)
-            for rank in range(count)]
+    pids = [
+        fork_run(argv, logs / str(rank), partial(join_group, rank, count, port, then), wait=False)
+        for rank in range(count)
+    ]
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 

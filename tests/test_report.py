@@ -437,7 +437,8 @@ def test_a_budget_that_cuts_off_more_than_a_twentieth_is_said(warned: Callable[.
 
 
 def test_a_run_says_once_a_stage_that_its_budgets_cut(
-    tiny_run: Callable[..., list[str]], tmp_path: Path  # noqa: F811
+    tiny_run: Callable[..., list[str]],
+    tmp_path: Path,  # noqa: F811
 ) -> None:
     """Also when it stops before the fifth step and is resumed."""
     argv = tiny_run(tmp_path, "--set", "train.max_new_tokens_attempt1=2", "train.stage2_epochs=0.4")
@@ -476,8 +477,16 @@ def finished(tiny_run: Callable[..., list[str]], tmp_path_factory: pytest.TempPa
     argv = tiny_run(out, *flags)
     assert fork_run(argv, out / "log", no_curves) == 0, output(out / "log")
     config = train.read_config(str(out / "run" / "config.yaml"))
-    return SimpleNamespace(out=out, folder=out / "run", argv=argv, config=config, printed=output(out / "log", "out"),
-                           errors=output(out / "log"), base=config.model.name, data=config.dataset.name)
+    return SimpleNamespace(
+        out=out,
+        folder=out / "run",
+        argv=argv,
+        config=config,
+        printed=output(out / "log", "out"),
+        errors=output(out / "log"),
+        base=config.model.name,
+        data=config.dataset.name,
+    )
 
 
 def plain_logits(model: Any) -> torch.Tensor:
@@ -602,7 +611,9 @@ def test_evaluating_another_adapter_beside_a_run_leaves_its_cards(finished: Simp
 
 
 def test_stage_two_from_elsewhere_leaves_the_first_stages_card(
-    finished: SimpleNamespace, tmp_path: Path, tiny_run: Callable[..., list[str]]  # noqa: F811
+    finished: SimpleNamespace,
+    tmp_path: Path,
+    tiny_run: Callable[..., list[str]],  # noqa: F811
 ) -> None:
     first = ["--set", "train.stage1_epochs=0.5", "train.stage2_epochs=0"]
     assert fork_run(tiny_run(tmp_path, *first), tmp_path / "log", no_curves) == 0, output(tmp_path / "log")
@@ -852,7 +863,8 @@ def test_output_without_a_terminal_has_no_carriage_returns(pushed: SimpleNamespa
 
 
 def test_quiet_prints_the_final_table_and_nothing_else(
-    tiny_run: Callable[..., list[str]], tmp_path: Path  # noqa: F811
+    tiny_run: Callable[..., list[str]],
+    tmp_path: Path,  # noqa: F811
 ) -> None:
     argv = tiny_run(tmp_path, "--quiet", "--set", "train.stage1_epochs=0.4", "train.stage2_epochs=0.2")
     assert fork_run(argv, tmp_path / "log", no_curves) == 0, output(tmp_path / "log")
@@ -872,7 +884,9 @@ def test_a_run_says_its_steps_and_saved_places(finished: SimpleNamespace) -> Non
 
 @pytest.mark.parametrize("interval", [0.0, 300.0])
 def test_results_and_curves_are_renewed_while_a_run_goes_on(
-    tiny_run: Callable[..., list[str]], tmp_path: Path, interval: float  # noqa: F811
+    tiny_run: Callable[..., list[str]],
+    tmp_path: Path,
+    interval: float,  # noqa: F811
 ) -> None:
     def draw(folder: Path) -> None:
         (folder / "curves.png").write_bytes(b"")
@@ -1422,7 +1436,9 @@ def test_faults_of_a_file_of_rewards_are_one_line(
 
 
 def test_a_reward_of_ones_own_that_raises_is_named(
-    own: SimpleNamespace, tiny_run: Callable[..., list[str]], tmp_path: Path  # noqa: F811
+    own: SimpleNamespace,
+    tiny_run: Callable[..., list[str]],
+    tmp_path: Path,  # noqa: F811
 ) -> None:
     own.file.write_text(OWN.format(name=own.fn).replace("2.0 *", "1 / 0 *"))
     argv = tiny_run(tmp_path, "--set", f"reward.module={own.file}", f"reward.fn={own.fn}")

@@ -718,6 +718,7 @@ def test_the_example_of_the_module_docstring_works(scratch_registry):
     given = {"completions": chat("so", "<answer>42"), "answer": ["42"] * 2}
     assert R.score_by_name("tagged", names["tagged"], ["so", "<answer>42"], given) == [0.0, 1.0]
 
+
 # ---- rewards in TRL's form -------------------------------------------------------------------------------------------
 
 
