@@ -15,6 +15,7 @@ import operator
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 OPERATIONS = {
     "addition": ("+", operator.add),
@@ -23,21 +24,60 @@ OPERATIONS = {
 }
 
 
-def make_problems(count: int, operation: str, digits: int, seed: int) -> list[dict[str, str]]:
-    """`count` different problems of two `digits`-digit numbers: {"question": "60494 - 65125 = ?", "answer": "-4631"}.
+def pairs_of(digits: int) -> int:
+    """How many problems of two numbers with so many digits there are."""
+    return (9 * 10 ** (digits - 1)) ** 2
 
-    Raises ValueError when there are not that many."""
-    low, high = 10 ** (digits - 1), 10**digits
-    if count > (high - low) ** 2:
-        raise ValueError(f"--pool {count}: there are only {(high - low) ** 2} problems of {digits} digits")
+
+def make_problems(count: int, operation: str, digits: int, seed: int) -> list[tuple[str, str]]:
+    """`count` different problems of two `digits`-digit numbers, each as ("60494 - 65125 = ?", "-4631")."""
     sign, compute = OPERATIONS[operation]
     rng, pairs = random.Random(seed), {}
     while len(pairs) < count:  # a dict keeps the order and drops repetitions
-        pairs[rng.randrange(low, high), rng.randrange(low, high)] = None
-    return [{"question": f"{a} {sign} {b} = ?", "answer": str(compute(a, b))} for a, b in pairs]
+        a, b = (rng.randrange(10 ** (digits - 1), 10**digits) for _ in range(2))
+        pairs[a, b] = f"{a} {sign} {b} = ?", str(compute(a, b))
+    return list(pairs.values())
 
 
-def main() -> int:
+def find_failures(train: Any, policy: Any, examples: list, config: Any, enough: int) -> list:
+    """The examples whose greedy first attempt is wrong, in order, until there are `enough`."""
+    failures, size = [], config.eval.batch_size
+    for start in range(0, len(examples), size):
+        batch = examples[start : start + size]
+        turns = train.take_turns(policy, [example.prompt for example in batch], batch, config, 0.0, "greedy", [])
+        failures += [example for example, turn in zip(batch, turns, strict=True) if not turn.correct]
+        print(f"{len(failures)} failures in {start + len(batch)} problems", flush=True)
+        if len(failures) >= enough:
+            break
+    return failures[:enough]
+
+
+def build(train: Any, args: argparse.Namespace) -> tuple[list, str]:
+    """The failures, n_train + n_eval of them, and the model's name. Raises UserError where there are not as many."""
+    # The reward plays no part, and one in TRL's form would ask for columns that these problems lack.
+    overrides = [*args.set, "reward.fn=exact_match", "reward.weights=null"]
+    config = train.read_config(args.config, overrides + [f"model.name={args.model}"] * bool(args.model))
+    wanted, most = args.n_train + args.n_eval, pairs_of(args.digits)
+    if not wanted <= args.pool <= most:
+        raise train.UserError(
+            f"--pool {args.pool}: must be {wanted} (the rows) to {most} (all of {args.digits} digits)"
+        )
+    problems = make_problems(args.pool, args.operation, args.digits, args.seed)
+    reader = train.answer_reader(config.reward.answer_extractor, config.reward.match)
+    if fault := train.row_fault(*problems[0], reader):  # else every answer would be a failure
+        raise train.UserError(fault.format("a problem"))
+    tokenizer = train.load_tokenizer(config)
+    examples = train.encode_rows([(*problem, {}) for problem in problems], "pool", config, tokenizer)
+    failures = find_failures(train, train.load_policy(config, tokenizer), examples, config, wanted)
+    if len(failures) < wanted:
+        pool = round(1.1 * wanted * len(examples) / max(1, len(failures)))
+        advice = f"try --pool {pool}, more --digits" if pool <= most else "try more --digits"
+        failed = f"{config.model.name} fails on {len(failures)} of {len(examples)} problems"
+        raise train.UserError(f"--pool {args.pool}: {failed}, and {wanted} are asked for; {advice}, or fewer rows")
+    return failures, config.model.name
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/arithmetic.yaml", help="its model, prompts, extractor and budgets")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.SUB=VALUE", help="override keys")
@@ -48,66 +88,33 @@ def main() -> int:
     parser.add_argument("--n-eval", type=int, default=50)
     parser.add_argument("--pool", type=int, default=1000, help="how many problems to try")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--push-to-hub", metavar="USER/NAME", help="also push the dataset to the hub")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for flag in ("digits", "n_train", "n_eval", "pool"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')}: must be at least 1")
 
-    import datasets
-
     import train
 
-    overrides = [*args.set, "dataset.input_field=question", "dataset.target_field=answer"]
-    overrides += [f"model.name={args.model}"] if args.model else []
     try:
-        config = train.read_config(args.config, overrides)
-        problems = make_problems(args.pool, args.operation, args.digits, args.seed)
-        Path(args.out).mkdir(parents=True, exist_ok=True)  # a place that cannot be written costs no decoding
-        tokenizer = train.load_tokenizer(config)
-        rows = [(problem["question"], problem["answer"]) for problem in problems]
-        examples = train.encode_rows(rows, "pool", config, tokenizer)
-        policy = train.load_policy(config, tokenizer)
-        failures = find_failures(policy, examples, config, args.n_train + args.n_eval)
+        args.out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written costs no decoding
+        failures, model = build(train, args)
     except OSError as error:
         print(f"--out {args.out}: cannot be written: {error.strerror}", file=sys.stderr)
         return 2
-    except (train.UserError, ValueError) as error:
+    except (train.UserError, train.RewardError) as error:
         print(error, file=sys.stderr)
         return 2
-    wanted = args.n_train + args.n_eval
-    if len(failures) < wanted:
-        rate = max(len(failures), 1) / len(examples)
-        print(
-            f"--pool {args.pool}: {config.model.name} failed on {len(failures)} of {len(examples)} problems, and "
-            f"{wanted} are asked for; try --pool {round(1.1 * wanted / rate)}, more --digits, or fewer rows",
-            file=sys.stderr,
-        )
-        return 2
     rows = [{"question": example.question, "answer": example.target} for example in failures]
-    splits = {"train": rows[: args.n_train], "test": rows[args.n_train : wanted]}
-    dataset = datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in splits.items()})
+    splits = {"train": rows[: args.n_train], "test": rows[args.n_train :]}
+    made = {name: train.datasets.Dataset.from_list(part) for name, part in splits.items()}
+    dataset = train.datasets.DatasetDict(made)
     dataset.save_to_disk(args.out)
-    print(f"{args.out}: {args.n_train} train and {args.n_eval} test problems that {config.model.name} fails greedily")
+    print(f"{args.out}: {args.n_train} train and {args.n_eval} test problems that {model} fails greedily")
     if args.push_to_hub:
         dataset.push_to_hub(args.push_to_hub)
     return 0
-
-
-def find_failures(policy, examples: list, config, enough: int) -> list:
-    """The examples whose greedy first attempt is wrong, in order, stopping once there are `enough`."""
-    import train
-
-    failures, tried, size = [], 0, config.eval.batch_size
-    while tried < len(examples) and len(failures) < enough:
-        batch = examples[tried : tried + size]
-        prompts = [example.prompt for example in batch]
-        attempt = train.make_attempt(policy, prompts, batch, config, 0.0, "greedy")
-        failures += [example for example, right in zip(batch, attempt.correct, strict=True) if not right]
-        tried += len(batch)
-        print(f"{len(failures)} failures in {tried} problems", flush=True)
-    return failures
 
 
 if __name__ == "__main__":

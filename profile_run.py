@@ -1,388 +1,489 @@
 #!/usr/bin/env python3
-"""Measures a config before it is run: lengths, answer extraction, speed and memory of one optimizer step.
+"""Looks at a config before it is run, and at a run after it.
 
-    python profile_run.py --config configs/gsm8k.yaml --n 64             # lengths, budgets, tokens/s, seconds, memory
-    python profile_run.py --config configs/gsm8k.yaml --n 64 --compare   # the same rollout through model.generate too
-    python profile_run.py --config configs/gsm8k.yaml --decode 32 128    # decoding alone at these batch sizes
-    python profile_run.py --samples outputs/score-gsm8k                  # what a finished run's corrections look like
+    python profile_run.py --config configs/gsm8k.yaml --n 64            # answers, lengths, budgets; then one step
+    python profile_run.py --config outputs/score-gsm8k/config.yaml --adapter outputs/score-gsm8k/stage2 --votes 4
+    python profile_run.py --samples outputs/score-gsm8k                 # a run's corrections by kind, side by side
     python profile_run.py --ask outputs/score-gsm8k "A pen costs 3 dollars. What do 7 cost?"    # both attempts at it
 
-Nothing is trained: the update runs with a learning rate of 0. Figures are for this model, these prompts, this card.
+Nothing is trained: the step's learning rate is 0. First stand the reports that train.py writes into a run's folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.metadata
+import importlib.util
 import json
-import random
+import os
 import shutil
 import statistics
+import subprocess
 import sys
 import textwrap
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
-REPEATS = 3
-CARDS = {  # dense bf16 TFLOP/s and memory TB/s by their data sheets; the first name found in the device's counts
-    "H200": (989, 4.8), "H100 PCIe": (756, 2.0), "H100 NVL": (835, 3.9), "H100": (989, 3.35), "A100": (312, 2.0),
-    "L40S": (362, 0.864), "RTX 4090": (165, 1.01), "RTX 3090": (71, 0.936),
-}  # fmt: skip
+import yaml
+
+from reward_function import MATCH_FNS, answer_reader, correction_split, load_reward_module, outcome
+
+# ---------------------------------------------------------------------------------------------------------- reports
+RESULTS = {"Acc@t1": "acc_attempt1", "Acc@t2": "acc_attempt2", "delta": "delta", "95%": "delta_interval",
+           "i->c": "delta_i_to_c", "c->i": "delta_c_to_i", "unanswered->c": "unanswered_to_correct",
+           "wrong->c": "wrong_to_correct", "c->wrong": "correct_to_wrong", "mended": "wrong_mended",
+           "repeated": "wrong_repeated", "edit distance": "edit_distance_ratio", "n": "n"}  # fmt: skip
+DETAILS = {f"{title} {n}": f"{key}_attempt{n}" for title, key in {
+           "reward": "reward", "flexible": "flexible_acc", "unanswered": "unanswered", "cut off": "truncated",
+           "tokens": "completion_tokens"}.items() for n in (1, 2)}  # fmt: skip
+MEANINGS = """\
+Acc@t1, Acc@t2: share of rows whose first, second attempt is correct; delta: Acc@t2 - Acc@t1, with its 95% bootstrap
+interval over rows. i->c, c->i: share of rows that went from incorrect to correct, and back; incorrect is unanswered (no
+answer can be extracted) or wrong. mended, repeated: of the wrong first attempts, the share whose second is correct, or
+gives the same answer again. edit distance: between the tokens of both attempts, over the longer one; 0 is a copy.
+flexible: correct to a lenient reader, whatever the format. cut off: by the token budget. tokens: mean length.
+"""
 
 
-def percentiles(values: list[int]) -> str:
-    ordered = sorted(values)
-    at = [ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))] for q in (0.5, 0.9, 0.99, 1)]
-    return "p50 {} p90 {} p99 {} max {}".format(*at)
+STEP_LINE = (
+    "Stage {roman} step {step}/{steps}: reward {reward_attempt1:.3f} / {reward_attempt2:.3f}, acc {acc_attempt1:.2f} / "
+    "{acc_attempt2:.2f}, kl {kl_attempt1:.3f} / {kl_attempt2:.3f}, {without_signal:.0%} without signal, "
+    "{tokens_per_second:.0f} tok/s, {minutes:.0f} min left"
+)
+EVAL_LINE = (
+    "Evaluated {checkpoint}: Acc@t1 {acc_attempt1:.3f}, Acc@t2 {acc_attempt2:.3f}, delta {delta:+.3f}, i->c "
+    "{delta_i_to_c:.3f} (wrong->c {wrong_to_correct:.3f}), c->i {delta_c_to_i:.3f}, n {n}"
+)
 
 
-def round_up(tokens: float, step: int = 32) -> int:
-    return int(-(-tokens // step) * step)
+def step_line(event: dict[str, Any], steps: int) -> str:
+    """What the terminal shows of a training step, the stage's remaining time included."""
+    minutes = (steps - event["step"]) * (event["seconds_rollout"] + event["seconds_update"]) / 60
+    return STEP_LINE.format(**event, steps=steps, minutes=minutes, roman="I" * event["stage"])
 
 
-def tokens_inside(texts: list[str], tag: str, tokenizer) -> list[int]:
-    """Tokens between <tag> and </tag> (or the end) of each text that has the tag."""
-    parts = [text.split(f"<{tag}>", 1)[1].split(f"</{tag}>", 1)[0] for text in texts if f"<{tag}>" in text]
-    return [len(ids) for ids in tokenizer(parts, add_special_tokens=False)["input_ids"]] if parts else []
+def attempt_means(conversations: list[Any], config: Any) -> dict[str, Any]:
+    """Mean reward, accuracy (strict and flexible), truncation and length of each attempt over the conversations, the
+    share unanswered, and what the corrections are (`correction_split`)."""
+    means = {}
+    for number, turns in enumerate(zip(*conversations, strict=True), 1):
+        for name, values in {
+            "reward": [turn.reward for turn in turns],
+            "acc": [turn.correct for turn in turns],
+            "flexible_acc": [turn.flexible for turn in turns],
+            "unanswered": [outcome(turn.correct, turn.answer) == "unanswered" for turn in turns],
+            "truncated": [turn.truncated for turn in turns],
+            "completion_tokens": [len(turn.completion) for turn in turns],
+        }.items():
+            means[f"{name}_attempt{number}"] = sum(values) / len(values)
+    match = answer_reader(config.reward.answer_extractor, config.reward.match).match
+    return means | correction_split([tuple(c) for c in conversations], match)
 
 
-def report_lengths(attempts, policy, config, longest: int) -> None:
-    """Percentiles, the think/answer split, failures, and budgets for what was seen; `longest`: tokens of any prompt."""
-    for number, attempt in enumerate(attempts, 1):
-        count = len(attempt.texts)
-        print(f"\nAttempt {number} ({count} rollouts)")
-        print(f"  prompt tokens      {percentiles([len(p) for p in attempt.prompts])}")
-        print(f"  completion tokens  {percentiles([len(c) for c in attempt.completions])}")
-        for tag in ("think", "answer"):
-            inside = tokens_inside(attempt.texts, tag, policy.tokenizer)
-            split = f"{percentiles(inside)} (in {len(inside)})" if inside else "no such tag"
-            print(f"  <{tag}> tokens".ljust(21) + split)
-        unanswered = attempt.answers.count("")
-        print(
-            f"  cut off by the budget {sum(attempt.truncated) / count:.1%}, no answer {unanswered / count:.1%}, "
-            f"correct {sum(attempt.correct) / count:.1%} (in any format {sum(attempt.flexible) / count:.1%}), "
-            f"mean reward {sum(attempt.rewards) / count:.3f}"
-        )
-    print(
-        "\nRecommended budgets (completions: 99th percentile and a tenth; one that cut off more than 1% is doubled; "
-        "prompts:\nthe longest of all train and test rows that max_prompt_length_attempt1 lets in now)"
-    )
-    budgets = []
-    for number, attempt in enumerate(attempts, 1):
-        lengths = sorted(map(len, attempt.completions))
-        now = getattr(config.train, f"max_new_tokens_attempt{number}")
-        cut = sum(attempt.truncated) / len(lengths) > 0.01
-        budgets.append(2 * now if cut else min(now, round_up(1.1 * lengths[round(0.99 * (len(lengths) - 1))])))
-        print(f"  train.max_new_tokens_attempt{number}: {budgets[-1]} (now {now})")
-    prompt1 = round_up(longest)
-    prompt2 = round_up(prompt1 + budgets[0] + len(policy.bridge))
-    print(f"  train.max_prompt_length_attempt1: {prompt1} (now {config.train.max_prompt_length_attempt1})")
-    print(f"  train.max_prompt_length_attempt2: {prompt2} (now {config.train.max_prompt_length_attempt2})")
-    print(f"  model.max_seq_length: {prompt2 + budgets[1]} (now {config.model.max_seq_length})")
+def evaluation_figures(conversations: list[Any], config: Any) -> dict[str, Any]:
+    """`attempt_means`, the mean edit distance between the attempts, and intervals."""
+    distances = [edit_distance_ratio(first.completion, second.completion) for first, second in conversations]
+    means = attempt_means(conversations, config) | {"edit_distance_ratio": sum(distances) / len(distances)}
+    return means | intervals([[float(turn.correct) for turn in c] for c in conversations])
 
 
-def peak_memory(train) -> float:
-    """GiB at the highest since the last call; 0 without CUDA."""
-    import torch
+def intervals(correct: Any) -> dict[str, list[float]]:
+    """95% bootstrap intervals over rows of Acc@t1, Acc@t2 and delta from correct [n, 2]; the pairs stay together."""
+    import numpy as np
 
-    if train.DEVICE.type != "cuda":
+    rows = np.random.default_rng(0).integers(len(correct), size=(1000, len(correct)))
+    means = np.asarray(correct)[rows].mean(1)  # [1000, 2]
+    found = {"acc_attempt1": means[:, 0], "acc_attempt2": means[:, 1], "delta": means[:, 1] - means[:, 0]}
+    return {f"{name}_interval": np.quantile(values, (0.025, 0.975)).round(4).tolist() for name, values in found.items()}
+
+
+def edit_distance_ratio(a: list[int], b: list[int]) -> float:
+    """Levenshtein distance of two token sequences over the longer length: 0 is a copy, 1 shares nothing."""
+    import numpy as np
+
+    if a == b:
         return 0.0
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    torch.cuda.reset_peak_memory_stats()
-    return peak
+    b_tokens, offsets = np.array(b), np.arange(len(b) + 1)
+    row = offsets.copy()
+    for i, token in enumerate(a, 1):
+        step = np.minimum(row[1:] + 1, row[:-1] + (b_tokens != token))  # deletion, substitution
+        row = np.minimum.accumulate(np.concatenate(([i], step)) - offsets) + offsets  # insertions, all at once
+    return float(row[-1] / max(len(a), len(b)))
 
 
-def timed(train, work) -> tuple[float, object]:
-    """Seconds of work(), the device waited for, and its result."""
-    start = now(train)
-    result = work()
-    return now(train) - start, result
+def sample_row(example: Any, conversation: list[Any]) -> dict[str, Any]:
+    """What samples.jsonl holds of a conversation: the question, the target and both attempts with their rewards."""
+    row = {"question": example.question, "target": example.target}
+    for number, turn in enumerate(conversation, 1):
+        for name in ("text", "answer", "reward", "correct", "truncated"):
+            row[f"{name}_attempt{number}"] = getattr(turn, name)
+        row[f"tokens_attempt{number}"] = len(turn.completion)
+    return row
 
 
-def now(train) -> float:
-    """Seconds on a clock, read when the device has done all it was given."""
-    if train.DEVICE.type == "cuda":
-        __import__("torch").cuda.synchronize()
-    return time.perf_counter()
-
-
-def time_rollout(train, policy, examples, config, name: str) -> tuple[float, list]:
-    """Prints the median of REPEATS rollouts after a first one; returns it with the last attempts."""
-    temperature = config.train.generation_temperature
-    first, attempts = timed(train, lambda: train.roll_out(policy, examples, config, temperature, "profile/0"))
-    peak_memory(train)
-    runs = [
-        timed(train, lambda i=i: train.roll_out(policy, examples, config, temperature, f"profile/{i}"))
-        for i in range(1, REPEATS + 1)
-    ]
-    seconds = statistics.median(run[0] for run in runs)
-    rates, steps = [], []
-    for _, attempts in runs:
-        sampling = sum(a.seconds for a in attempts)
-        rates.append(sum(len(c) for a in attempts for c in a.completions) / sampling)
-        steps.append(1e3 * sampling / sum(max(map(len, a.completions)) for a in attempts))
-    print(
-        f"{name:<42} {len(examples):>5} rows {statistics.median(rates):>9,.0f} tokens/s "
-        f"{statistics.median(steps):>8.2f} ms/token step {seconds:>8.2f} s (first {first:.2f} s) "
-        f"{peak_memory(train):>7.2f} GiB"
+def budget_warnings(steps: list[dict[str, Any]]) -> list[str]:
+    """Names the budgets that cut off more than 5% of the attempts in these steps."""
+    shares = {n: sum(event[f"truncated_attempt{n}"] for event in steps) / len(steps) for n in (1, 2)}
+    line = (
+        "Warning: train.max_new_tokens_attempt{0} cut off {1:.0%} of attempts {0}; profile_run.py recommends budgets."
     )
-    return seconds, attempts
+    return [line.format(*pair) for pair in shares.items() if pair[1] > 0.05]
 
 
-def compare_static_cache(train, policy, examples, config) -> None:
-    """transformers' generate with a static cache and its compiled step, where the model takes it."""
-    generate = policy.model.generate
-    policy.model.generate = partial(generate, cache_implementation="static")
-    print("generate, static cache: its compilation can take minutes; Ctrl-C leaves it out", flush=True)
-    try:
-        time_rollout(train, policy, examples, config, "generate, static cache, compiled")
-    except KeyboardInterrupt:
-        print(f"{'generate, static cache, compiled':<42} interrupted")
-    except Exception as error:  # Unsloth's models refuse a static cache
-        print(f"{'generate, static cache, compiled':<42} does not run here: {train.first_line(error)}")
-    finally:
-        policy.model.generate = generate
+def best_on_validation(folder: Path, evals: list[dict[str, Any]]) -> str | None:
+    """The checkpoint with the highest Acc@t2 on the validation rows; a choice that is left to the reader."""
+    validated = [e for e in evals if "held_out" in e and not e["checkpoint"].endswith("/step_0")]
+    if not validated:
+        return None
+    best = max(reversed(validated), key=lambda e: e["acc_attempt2"])  # the latest of equals
+    place = folder / best["checkpoint"]
+    place = place if place.exists() else place.parent  # a stage's last step is its end
+    return f"Best on the {best['n']} validation rows: {place}, Acc@t2 {best['acc_attempt2']:.3f}."
 
 
-def time_decoding(train, policy, examples, sizes: list[int], new_tokens: int, name: str) -> None:
-    """Decodes exactly `new_tokens` tokens a row, EOS ignored, at each batch size: medians of REPEATS after a first."""
-    eos, policy.eos_token_ids = policy.eos_token_ids, []
-    engine = policy.engine
-    policy.engine = engine and partial(train.engine_samples, policy.model, [])
-    held = policy.decoder.eos.clone() if policy.decoder else None
-    if policy.decoder:
-        policy.decoder.eos.fill_(-1)
-    for size in sizes:
-        prompts = [examples[i % len(examples)].prompt for i in range(size)]
-        first, _ = timed(train, lambda p=prompts: train.sample(policy, p, new_tokens, 1.0, "decode/0"))
-        peak_memory(train)
-        seconds = statistics.median(
-            timed(train, lambda p=prompts, i=i: train.sample(policy, p, new_tokens, 1.0, f"decode/{i}"))[0]
-            for i in range(1, REPEATS + 1)
-        )
-        print(
-            f"{name:<42} {size:>5} rows {size * new_tokens / seconds:>9,.0f} tokens/s "
-            f"{1e3 * seconds / new_tokens:>8.2f} ms/token step {seconds:>8.2f} s (first {first:.2f} s) "
-            f"{peak_memory(train):>7.2f} GiB",
-            flush=True,
-        )
-    policy.eos_token_ids, policy.engine = eos, engine
-    if policy.decoder:
-        policy.decoder.eos.copy_(held)
+def made_with() -> dict[str, Any]:
+    """The versions and the commit that a run's numbers were made with."""
+    versions = {"python": sys.version.split()[0]}
+    for name in ("torch", "transformers", "peft", "unsloth", "datasets"):
+        versions[name] = importlib.metadata.version(name) if importlib.util.find_spec(name) else None
+    return {"versions": versions, "git_commit": git_commit()}
 
 
-def split_step(train, policy, optimizer, step) -> tuple[dict[str, float], Counter]:
-    """Runs step(): seconds by part, the device waited for around each, which sum to the whole; and by part the tokens
-    that went through the model, pads left out (token steps are not counted)."""
-    import torch
-
-    seconds, tokens, running = Counter(), Counter(), ["the rest"]
-    backbone = getattr(policy.model.get_base_model(), policy.model.get_base_model().base_model_prefix)
-
-    def lap() -> None:
-        nonlocal since
-        since, before = now(train), since
-        seconds[running[-1]] += since - before
-
-    def watch(owner, attribute: str, name) -> None:
-        function = getattr(owner, attribute)
-
-        def watched(*args, **kwargs):
-            lap()
-            running.append(name(args))
-            try:
-                return function(*args, **kwargs)
-            finally:
-                lap()
-                running.pop()
-
-        stack.enter_context(mock.patch.object(owner, attribute, watched))
-
-    def prefill(args) -> str:
-        tokens["prefill"] += sum(map(len, args[1]))
-        return "prefill"
-
-    def count(_module, _args, given) -> None:
-        tokens[running[-1]] += int((given["input_ids"] != policy.pad_token_id).sum())
-
-    with ExitStack() as stack:
-        if policy.decoder:
-            watch(train.Decoder, "_prefill", prefill)
-            watch(train.Decoder, "_continue", lambda _: "token steps")
-        else:
-            watch(train, "sample", lambda _: "sampling")
-        watch(train, "grade", lambda _: "grading")
-        watch(
-            train,
-            "completion_log_probs",
-            lambda _: "policy forward" if torch.is_grad_enabled() else "reference forward",
-        )
-        watch(torch.Tensor, "backward", lambda _: "backward")
-        watch(optimizer, "step", lambda _: "optimizer")
-        stack.callback(backbone.register_forward_pre_hook(count, with_kwargs=True).remove)
-        since = now(train)
-        step()
-        lap()
-    return seconds, tokens
-
-
-def least_seconds(policy, attempts, tokens: Counter, tflops: float, terabytes: float) -> dict[str, float]:
-    """What each part must take: the FLOPs of its matrix products at the card's peak; for the token steps the weights
-    and the K/V that each reads. Left out: attention's own products and LoRA's, a few percent of short rows."""
-    import torch
-
-    model, config, head = policy.model.get_base_model(), policy.model.config, policy.model.get_output_embeddings()
-    linears = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and "lora_" not in name and module is not head
-    ]
-    body, top = sum(m.in_features * m.out_features for m in linears), head.weight.numel()
-    made = sum(len(c) for a in attempts for c in a.completions)
-    recomputed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    flops = {  # a LoRA's backward pass has the products of a forward one: base weights have no gradient
-        "prefill": 2 * body * tokens["prefill"],
-        "reference forward": 2 * body * tokens["reference forward"] + 2 * top * made,
-        "policy forward": 2 * body * tokens["policy forward"] + 4 * top * made,  # the head's gradient is made with it
-        "backward": 2 * body * tokens["policy forward"] * (2 if recomputed else 1),
-    }
-    steps = sum(max(map(len, a.completions)) - 1 for a in attempts)
-    weights = sum(m.weight.numel() * m.weight.element_size() for m in [*linears, head])
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * head.weight.element_size()
-    read = sum(len(c) * (len(p) + len(c) / 2) for a in attempts for p, c in zip(a.prompts, a.completions, strict=True))
-    limits = {part: count / tflops / 1e12 for part, count in flops.items()}
-    return limits | {"token steps": (steps * weights + read * slot) / terabytes / 1e12}
-
-
-def print_split(train, policy, optimizer, examples, config, card: str) -> None:
-    """A Stage II step part by part, each beside its limit on a card of CARDS: the median one of REPEATS, each with
-    samples of its own. (One alone may start the grader's worker; the same samples again would be graded from a cache.)
-    """
-    runs = []
-    for i in range(REPEATS):
-        attempts = []
-
-        def step(attempts=attempts, seed=f"profile/split/{i}") -> None:
-            attempts += train.roll_out(policy, examples, config, config.train.generation_temperature, seed)
-            train.improve(policy, optimizer, attempts, 2, config)
-
-        runs.append((*split_step(train, policy, optimizer, step), attempts))
-    seconds, tokens, attempts = sorted(runs, key=lambda run: sum(run[0].values()))[REPEATS // 2]
-    tflops, terabytes = next((figures for name, figures in CARDS.items() if name in card), (None, None))
-    limits = least_seconds(policy, attempts, tokens, tflops, terabytes) if tflops else {}
-    total = sum(seconds.values())
-    print(f"\nWhere it goes: the median of {REPEATS} more, the device waited for around each part, so a little slower")
-    for part in [*(part for part in seconds if part != "the rest"), "the rest"]:
-        limit = f"   limit {limits[part]:.3f} s" if part in limits else ""
-        print(f"  {part:<18} {seconds[part]:>9.3f} s {seconds[part] / total:>5.0%}{limit}")
-    print(f"  {'step':<18} {total:>9.3f} s")
-    if limits:
-        print(
-            f"Limits: matrix products at {tflops} TFLOP/s (attention's own left out), in token steps weights and K/V "
-            f"read at {terabytes} TB/s"
-        )
-
-
-KINDS = (
-    "unanswered -> correct", "wrong -> correct", "correct -> unanswered", "correct -> wrong", "wrong, repeated",
-    "wrong, another wrong answer", "wrong -> unanswered", "unanswered -> wrong", "still unanswered", "still correct",
-    "copied, wrong", "copied, unanswered", "copied, correct",
-)  # fmt: skip
-KINDS_WITHOUT_ANSWERS = ("corrected (i->c)", "broken (c->i)", "changed, still wrong", "changed, still right", "copied")
-
-
-def kind_of(row: dict) -> str:
-    """What became of a pair, one of `KINDS`; "copied" is word for word, "repeated" the same answer in other words."""
-    from reward_function import answers_match, outcomes
-
-    before, after = outcomes(*([row[f"{key}_attempt{n}"] for n in (1, 2)] for key in ("correct", "answer")))
-    if before != after:
-        return f"{before} -> {after}"
-    if row["text_attempt1"] == row["text_attempt2"]:
-        return f"copied, {after}"
-    if after != "wrong":
-        return f"still {after}"
-    same = answers_match(row["answer_attempt1"], row["answer_attempt2"])
-    return "wrong, repeated" if same else "wrong, another wrong answer"
-
-
-def kind_without_answers(row: dict) -> str:
-    before, after = row["correct_attempt1"], row["correct_attempt2"]
-    if before != after:
-        return "corrected (i->c)" if after else "broken (c->i)"
-    if row["text_attempt1"] == row["text_attempt2"]:
-        return "copied"
-    return "changed, still right" if after else "changed, still wrong"
-
-
-def extractor_of(folder: Path):
-    """The run's answer extractor if it is a shipped one, else None."""
-    import yaml
-
-    from reward_function import ANSWER_EXTRACTORS
-
-    with suppress(OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
-        return ANSWER_EXTRACTORS[yaml.safe_load((folder / "config.yaml").read_text())["reward"]["answer_extractor"]]
+def git_commit() -> str | None:
+    with suppress(OSError):  # no git here
+        command = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     return None
 
 
-def find_answers(row: dict, extract) -> bool:
-    """Are both answers in the row? Where an older version left none, they are extracted and added."""
-    from reward_function import given_answer
-
-    for n in (1, 2):
-        if f"answer_attempt{n}" not in row and extract:
-            row[f"answer_attempt{n}"] = given_answer(row[f"text_attempt{n}"], row.get(f"truncated_attempt{n}"), extract)
-    return {"answer_attempt1", "answer_attempt2"} <= row.keys()
+def decoding(config: Any) -> str:
+    """How evaluations are sampled, in words."""
+    temperature = config.eval.generation_temperature
+    return f"sampled at temperature {temperature:g}" if temperature else "greedy"
 
 
-def show_samples(folder: Path, checkpoint: str | None, most: int) -> int:
-    """Prints the evaluated pairs of a run by kind: how many of each, then some side by side with a word diff."""
-    try:
-        lines = (folder / "samples.jsonl").read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError as error:
-        print(f"--samples {folder}: samples.jsonl cannot be read: {error.strerror}", file=sys.stderr)
-        return 2
-    evaluated: dict[str, list[dict]] = {}
-    for line in lines:
-        with suppress(ValueError):  # a line that a kill cut short
-            row = json.loads(line)
-            if row["event"] == "eval" and "eval_only" not in row:
-                evaluated.setdefault(row["checkpoint"], []).append(row)
-    if not evaluated or (checkpoint and checkpoint not in evaluated):
-        known = ", ".join(evaluated) or "nothing yet"
-        wanted = f"evaluation {checkpoint}" if checkpoint else "evaluation"
-        print(f"--samples {folder}: no {wanted}; evaluated: {known}", file=sys.stderr)
-        return 2
-    checkpoint = checkpoint or list(evaluated)[-1]
-    rows = evaluated[checkpoint]
-    extract = extractor_of(folder)
-    answered = all([find_answers(row, extract) for row in rows])
-    kinds: dict[str, list[dict]] = {kind: [] for kind in (KINDS if answered else KINDS_WITHOUT_ANSWERS)}
-    for row in rows:
-        kinds[kind_of(row) if answered else kind_without_answers(row)].append(row)
-    print(f"{folder}, {checkpoint}: {len(rows)} rows")
-    for kind, members in kinds.items():
-        print(f"{len(members):>6}  {kind}")
-    pretrain, rng = evaluated.get("pretrain", []), random.Random(0)
-    if checkpoint != "pretrain" and [row["question"] for row in pretrain] == [row["question"] for row in rows]:
-        gains = [b["correct_attempt2"] - a["correct_attempt1"] for a, b in zip(pretrain, rows, strict=True)]
-        means = sorted(statistics.fmean(rng.choices(gains, k=len(gains))) for _ in range(2000))
-        print(
-            f"attempt 2 here minus attempt 1 before training: {statistics.fmean(gains):+.3f} "
-            f"(95% interval {means[50]:+.3f} to {means[1949]:+.3f}, bootstrap over rows)"
-        )
-    for kind, members in kinds.items():
-        for row in members[:most]:
-            print(f"\n=== {kind}: target {row['target'].splitlines()[-1][-60:]!r}\n{row['question'].strip()}")
-            print(side_by_side(row["text_attempt1"], row["text_attempt2"]))
-    return 0
+def evaluation_name(event: dict[str, Any]) -> str:
+    """What was evaluated: the checkpoint, and which adapter or rows where they are not the run's own test rows."""
+    place = "/".join(Path(event.get("adapter") or "").parts[-2:])
+    return event["checkpoint"] + (f" ({place})" if place else " (validation)" if "held_out" in event else "")
+
+
+def results_table(evals: list[dict[str, Any]], columns: dict[str, str] = RESULTS) -> str:
+    """The evaluations as a markdown table."""
+
+    def show(value: Any, sign: str) -> str:
+        if isinstance(value, list):
+            return "{:+.3f} to {:+.3f}".format(*value)
+        return "" if value is None else f"{value:{sign}.3f}" if isinstance(value, float) else str(value)
+
+    cells = [["checkpoint", *columns]]
+    for event in evals:
+        values = (show(event.get(key), "+" * (key == "delta")) for key in columns.values())
+        cells.append([evaluation_name(event), *values])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def results_page(config: Any, evals: list[dict[str, Any]]) -> str:
+    """results.md: what was evaluated and how, the tables, and what their columns mean."""
+    return f"""# {config.run_name}
+
+{config.model.name} on {config.dataset.name}, seed {config.train.seed}. Evaluations are {decoding(config)}.
+
+{results_table(evals)}
+
+{results_table(evals, DETAILS)}
+
+{MEANINGS}"""
+
+
+PANELS = {  # title: {label: key in metrics.jsonl}, column by column
+    **{title: {f"attempt {n}": f"{key}_attempt{n}" for n in (1, 2)} for title, key in (
+        ("mean reward", "reward"), ("accuracy", "acc"), ("log10 of the KL to the reference, a token (K3)", "kl"),
+        ("completion tokens", "completion_tokens"))},
+    "gap (attempt 2 - attempt 1)": {"reward": "reward_gap", "accuracy (delta)": "delta"},
+    "corrected rows": {"wrong -> correct": "wrong_to_correct", "unanswered -> correct": "unanswered_to_correct"},
+    "of the wrong first attempts": {"mended": "wrong_mended", "repeated": "wrong_repeated"},
+    "cut off, unanswered, without signal": {
+        "cut off 1": "truncated_attempt1", "cut off 2": "truncated_attempt2", "unanswered 1": "unanswered_attempt1",
+        "unanswered 2": "unanswered_attempt2", "problems without signal": "without_signal"},
+}  # fmt: skip
+STYLES = [("tab:blue", "-"), ("tab:orange", "-"), ("tab:blue", ":"), ("tab:orange", ":"), ("tab:gray", "-")]
+
+
+def draw_curves(folder: Path, steps: list[dict[str, Any]], evals: list[dict[str, Any]]) -> None:
+    """curves.png: rewards, accuracies, gaps, corrections, KL and lengths by step, and the evaluations."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 4, figsize=(17, 7), layout="constrained")
+    for axis, (title, curves) in zip(axes.T.flat, PANELS.items(), strict=True):
+        draw_panel(axis, curves, steps, evals)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("optimizer step")
+        axis.legend(fontsize=7)
+    figure.suptitle("lines: rollouts of training; dots: test rows; diamonds: validation rows; bars: 95% intervals")
+    figure.savefig(folder / ".curves.png.tmp", dpi=100, format="png")
+    os.replace(folder / ".curves.png.tmp", folder / "curves.png")
+    plt.close(figure)
+
+
+def draw_panel(axis: Any, curves: dict[str, str], steps: list[dict[str, Any]], evals: list[dict[str, Any]]) -> None:
+    """The lines of one panel, the dots of the evaluations that have its keys, and the mark between the stages."""
+    import numpy as np
+
+    x, is_kl = [event["global_step"] for event in steps], "kl_attempt1" in curves.values()
+    black = {"mec": "black", "ecolor": "black", "capsize": 3}
+    axis.margins(y=0.12)  # room for the stages' names
+    for (label, key), (color, line), number in zip(curves.items(), STYLES, range(5), strict=False):
+        y = np.array([event.get(key) for event in steps], dtype=float)
+        axis.plot(x, np.log10(np.maximum(y, 1e-5)) if is_kl else y, line, color=color, linewidth=1, label=label)
+        aside = (number - 0.5) * 0.008 * max(x, default=0)  # dots of equal height stay visible beside each other
+        for event in [event for event in evals if event.get(key) is not None and line == "-"]:
+            how = {"fmt": "D", "ms": 3} if "held_out" in event else {"fmt": "o", "ms": 5}
+            bars, how = [[abs(event[key] - end)] for end in event.get(f"{key}_interval", [event[key]] * 2)], how | black
+            axis.errorbar(event["global_step"] + aside, event[key], bars, color=color, **how)
+    last = max((event["global_step"] for event in steps if event["stage"] == 1), default=0)
+    if 0 < last < x[-1]:
+        axis.axvline(last + 0.5, color="gray", linestyle="--", linewidth=1)
+        for text, side in (("Stage I ", "right"), (" Stage II", "left")):
+            axis.text(last + 0.5, 0.99, text, transform=axis.get_xaxis_transform(), ha=side, va="top", size=8)
+    axis.axhline(-5 if is_kl else 0, color="black", linewidth=0.5)
+
+
+def model_card(config: Any, evals: list[dict[str, Any]], folder: Path) -> str:
+    """The README.md of a saved adapter: the hub's metadata (it refuses local folders), results, how to use it."""
+    from huggingface_hub import ModelCardData
+
+    train, prompts, reward = config.train, config.prompts, config.reward
+    names = {"base_model": config.model.name, "datasets": config.dataset.name}
+    on_hub = {field: [name] for field, name in names.items() if not Path(name).exists()}
+    base, data = (name if field in on_hub else Path(name).name for field, name in names.items())
+    tags = ["lora", "score", "self-correction", "reinforcement-learning"]
+    head = ModelCardData(library_name="peft", pipeline_tag="text-generation", tags=tags, **on_hub)
+    label = folder.name if folder.name.startswith("stage") else f"{folder.parent.name}/{folder.name}"
+    results = f"Evaluations on held-out rows, {decoding(config)}:\n\n{results_table(evals)}\n\n{MEANINGS}"
+    last = "stage2" if train.stage2_steps or (train.stage2_steps is None and train.stage2_epochs) else "stage1"
+    where = config.output.push_to_hub if folder.name == last and config.output.push_to_hub else str(folder)
+    rewards = ", ".join(f"`{name}`" for name in reward.names) + f", weighted {reward.weights}" * bool(reward.weights)
+    system = [{"role": "system", "content": prompts.system}] if prompts.system else []
+    worked = [pair for e in prompts.examples for pair in (("user", e.input), ("assistant", e.output))]
+    return f"""---
+{head.to_yaml()}
+---
+
+# {config.run_name}, {label}
+
+A LoRA adapter (r = {config.model.lora.r}) of `{base}`, trained by reinforcement learning to correct its own answers:
+SCoRe, [Kumar et al., ICLR 2025](https://arxiv.org/abs/2409.12917). Data: `{data}`. Reward: {rewards}, answers read by
+`{reward.answer_extractor}`. Learning rate {train.learning_rate:g}, alpha {train.alpha:g}, beta1 {train.beta1:g}, beta2
+{train.beta2:g}, {train.num_generations} rollouts a problem, seed {train.seed}.
+
+{results if evals else "Not evaluated yet."}
+## Use
+
+The first answer goes back in as the tokens it came in, followed by the instruction to correct it. Worked examples stand
+before the problem verbatim, also where the chat template would cut the reasoning out of earlier turns.
+
+```python
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+where = {where!r}
+model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(where), AutoTokenizer.from_pretrained(where)
+system = {system!r}
+worked = {[{"role": role, "content": text} for role, text in worked]!r}
+correction = {{"role": "user", "content": {prompts.self_correction!r}}}
+
+def encode(*turns):
+    marks = [turn | {{"content": f"WORKED TURN {{number}}."}} for number, turn in enumerate(worked)]
+    text = tokenizer.apply_chat_template([*system, *marks, *turns], tokenize=False, add_generation_prompt=True,
+                                         **{config.model.chat_template_kwargs!r})
+    for mark, turn in zip(marks, worked):
+        text = text.replace(mark["content"], turn["content"])
+    return tokenizer(text.split("FIRST ATTEMPT")[-1], add_special_tokens=False)["input_ids"]
+
+def answer(ids, budget):
+    out = model.generate(input_ids=torch.tensor([ids], device=model.device), max_new_tokens=budget, do_sample=False,
+                         repetition_penalty=1.0)
+    return [token for token in out[0, len(ids):].tolist() if token not in tokenizer.all_special_ids]
+
+problem = {{"role": "user", "content": "A pen costs 3 dollars. What do 7 cost?"}}
+prompt = encode(problem)
+first = answer(prompt, {train.max_new_tokens_attempt1})
+turn = encode(problem, {{"role": "assistant", "content": "FIRST ATTEMPT"}}, correction)
+second = answer(prompt + first + turn, {train.max_new_tokens_attempt2})
+print(tokenizer.decode(first), tokenizer.decode(second), sep="\\n\\n")
+```
+"""
+
+
+# ------------------------------------------------------------------------------------------------------ diagnostics
+def report_rollouts(train: Any, conversations: list[list[Any]], config: Any) -> None:
+    """Of both attempts: how many are correct, wrong, unanswered or cut off, how long they are, what budget fits."""
+    means = attempt_means(conversations, config)
+    for number in (1, 2):
+        turns = [conversation[number - 1] for conversation in conversations]
+        names, budget = ("acc", "flexible_acc", "unanswered", "truncated", "reward"), f"max_new_tokens_attempt{number}"
+        right, flexible, unanswered, cut, reward = (means[f"{name}_attempt{number}"] for name in names)
+        lengths, now = sorted(len(turn.completion) for turn in turns), getattr(config.train, budget)
+        fit = 2 * now if cut > 0.01 else min(now, 32 + int(1.1 * lengths[round(0.99 * (len(lengths) - 1))]) // 32 * 32)
+        print(f"\nAttempt {number}, {len(turns)} rollouts, mean reward {reward:.3f}")
+        print(f"  answers            {right:.1%} correct ({flexible:.1%} in any format), {unanswered:.1%} no answer")
+        print(f"  prompt tokens      {percentiles([len(turn.prompt) for turn in turns])}")
+        print(f"  completion tokens  {percentiles(lengths)}, cut off by the budget {cut:.1%}")
+        print(f"  budget that fits   train.{budget}: {fit} (now {now})")
+        for lost in [turn.text for turn in turns if not turn.answer and not turn.truncated][:1]:
+            print(f"  a missing answer   {textwrap.shorten(lost, 200)!r}")
+    mended, repeated = (means[name] or 0 for name in ("wrong_mended", "wrong_repeated"))
+    _, silent = train.dynamic_sampling(conversations, 2, config.train)
+    print(f"\nOf the wrong first attempts {mended:.1%} are mended and {repeated:.1%} give the same answer again.\n"
+          f"{silent:.1%} of the problems have no signal in Stage II: all their rollouts earn alike.")  # fmt: skip
+
+
+def percentiles(values: list[int]) -> str:
+    at = [sorted(values)[round(share * (len(values) - 1))] for share in (0.5, 0.9, 0.99, 1)]
+    return "p50 {} p90 {} p99 {} max {}".format(*at)
+
+
+REPEATS, DECODE_TOKENS = 3, 256
+
+
+def timed(train: Any, work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of work(), with what the device has to do for it, and its result."""
+    wait = train.torch.cuda.synchronize if train.DEVICE.type == "cuda" else lambda: None
+    wait()
+    start, result = time.perf_counter(), work()
+    wait()
+    return time.perf_counter() - start, result
+
+
+def time_parts(train: Any, optimizer: Any, step: Callable[[], Any]) -> tuple[dict[str, float], Any]:
+    """Seconds of what step() calls, the device waited for around each, of the rest, and its result."""
+    seconds: Counter[str] = Counter()
+
+    def watch(owner: Any, name: str) -> Any:
+        function = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            spent, result = timed(train, lambda: function(*args, **kwargs))
+            seconds[name] += spent
+            return result
+
+        return mock.patch.object(owner, name, watched)
+
+    parts = {"sample": train, "grade": train, "completion_log_probs": train, "backward": train.torch.Tensor}
+    with ExitStack() as stack:
+        for name, owner in {**parts, "step": optimizer}.items():
+            stack.enter_context(watch(owner, name))
+        whole, result = timed(train, step)
+    return {**seconds, "the rest": whole - sum(seconds.values())}, result
+
+
+def measure_step(train: Any, policy: Any, problems: list[Any], config: Any) -> None:
+    """Where the time of a Stage II step goes, at a learning rate of 0: the median of REPEATS after a first."""
+    optimizer, runs = train.torch.optim.AdamW(policy.trainable.values(), lr=0.0, weight_decay=0.0), []
+    for number in range(REPEATS + 1):  # samples of its own each: the grader remembers answers
+        step = (policy, optimizer, problems, 2, -number, 0.0, config)
+        runs.append(time_parts(train, optimizer, lambda step=step: train.training_step(*step)))
+    first, *others = [sum(parts.values()) for parts, _ in runs]
+    seconds = statistics.median(others)
+    parts, (figures, _) = runs[1 + others.index(seconds)]
+    recomputes = any(getattr(module, "gradient_checkpointing", False) for module in policy.model.modules())
+    shape = f"{len(problems)} problems x {config.train.num_generations} rollouts, 1 / {config.train.oversample} trained"
+    print(f"\nOne Stage II step of {shape}, by {policy.sampler.name}\n  {seconds:.2f} s (the first {first:.2f} s), "
+          f"{figures['tokens_per_second']:,.0f} sampled tokens/s, {figures['peak_memory_gb'] or 0:.2f} GiB at most\n  "
+          f"micro-batches of {policy.micro_tokens} tokens, checkpointing {('off', 'on')[recomputes]}")  # fmt: skip
+    for part, spent in parts.items():
+        print(f"  {part:<20} {spent:>8.3f} s {spent / seconds:>5.0%}", flush=True)
+
+
+def time_decoding(train: Any, policy: Any, pool: list[Any], sizes: list[int]) -> None:
+    """Decodes exactly DECODE_TOKENS tokens a row at each batch size: medians of REPEATS after a first."""
+    policy.eos_token_ids = []  # from here on no token ends a completion
+    if hasattr(policy.sampler, "eos"):
+        policy.sampler.eos.fill_(-1)
+    for size in sizes:
+        prompts, runs = [pool[i % len(pool)].prompt for i in range(size)], []
+        for number in range(REPEATS + 1):
+            how = (policy, prompts, DECODE_TOKENS, 1.0, f"decode/{number}")
+            runs.append(timed(train, lambda how=how: train.sample(*how))[0])
+        seconds = statistics.median(runs[1:])
+        print(f"{policy.sampler.name:<20} {size:>5} rows {size * DECODE_TOKENS / seconds:>9,.0f} tokens/s "
+              f"{1e3 * seconds / DECODE_TOKENS:>8.2f} ms a token step (first {runs[0]:.2f} s)")  # fmt: skip
+
+
+def majority(turns: list[Any], match: Callable[[str, str], bool]) -> Any:
+    """The first of the turns with the answer that most of them give. A turn without an answer does not vote."""
+    votes: Counter[int] = Counter()
+    for index, turn in [(index, turn) for index, turn in enumerate(turns) if turn.answer]:
+        votes[next((i for i in votes if match(turn.answer, turns[i].answer)), index)] += 1
+    return turns[max(votes, key=votes.__getitem__, default=0)]
+
+
+def vote(train: Any, policy: Any, examples: list[Any], config: Any, most: int) -> None:
+    """Majority votes at equal budgets, at the training temperature: for k = 1, 2, 4, ..., `most` the accuracy of 2k
+    first attempts, and of k corrected pairs whose second attempts vote."""
+    match = train.answer_reader(config.reward.answer_extractor, config.reward.match).match
+    sizes = sorted({1 << i for i in range(most.bit_length())} | {most})
+    right, temperature = Counter(), config.train.generation_temperature
+    each = max(1, config.eval.batch_size // most)  # problems at once
+    for start in range(0, len(examples), each):
+        rows = [example for example in examples[start : start + each] for _ in range(most)]
+        seed, prompts = f"{config.train.seed}/vote/{start}", [example.prompt for example in rows]
+        pairs = train.roll_out(policy, rows, config, temperature, seed)
+        more = train.take_turns(policy, prompts, rows, config, temperature, f"{seed}/more", [])
+        for row in range(0, len(rows), most):
+            for k in sizes:
+                firsts = [first for first, _ in pairs[row : row + k]] + more[row : row + k]
+                right["first", k] += majority(firsts, match).correct
+                right["second", k] += majority([second for _, second in pairs[row : row + k]], match).correct
+    print(f"Majority votes on {len(examples)} test rows, temperature {temperature:g}")
+    for k in sizes:
+        first, second = (f"{right[way, k] / len(examples):.3f}" for way in ("first", "second"))
+        print(f"  {2 * k} first attempts {first}, {k} corrected pairs {second}")
+
+
+def show_samples(folder: Path, wanted: str | None) -> None:
+    """Prints the evaluated pairs of a run by kind: how many of each, then three side by side with a word diff."""
+    reward = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["reward"]
+    if reward["module"]:
+        load_reward_module(reward["module"])
+    evaluated: dict[str, list[dict[str, Any]]] = {}
+    lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    for row in [row for row in map(json.loads, lines) if row["event"] == "eval"]:
+        evaluated.setdefault(evaluation_name(row), []).append(row)
+    name, kinds = wanted or next(reversed(evaluated), None), {}
+    if name not in evaluated:
+        raise ValueError(f"--checkpoint {name}: not evaluated; evaluated are: {', '.join(evaluated) or 'none'}")
+    for row in evaluated[name]:
+        kinds.setdefault(kind_of(row, MATCH_FNS[reward["match"]]), []).append(row)
+    print(f"{folder}, {name}: {len(evaluated[name])} rows")
+    for kind, rows in sorted(kinds.items(), key=lambda item: -len(item[1])):
+        print(f"{len(rows):>6}  {kind}")
+    for kind, row in [(kind, row) for kind, rows in kinds.items() for row in rows[:3]]:
+        print(f"\n=== {kind}: target {row['target'].splitlines()[-1][-60:]!r}\n{row['question'].strip()}")
+        print(side_by_side(row["text_attempt1"], row["text_attempt2"]))
+
+
+def kind_of(row: dict[str, Any], match: Callable[[str, str], bool]) -> str:
+    """What became of a pair: its outcomes; where they are alike, whether its answers or texts are too."""
+    before, after = (outcome(row[f"correct_attempt{n}"], row[f"answer_attempt{n}"]) for n in (1, 2))
+    same = after == "wrong" and match(row["answer_attempt1"], row["answer_attempt2"])
+    if before == after and row["text_attempt1"] == row["text_attempt2"]:
+        return f"{after}, copied word for word"
+    return f"{before} -> {after}" + " (the same answer)" * (before == "wrong" and same)
 
 
 def side_by_side(first: str, second: str) -> str:
@@ -392,162 +493,102 @@ def side_by_side(first: str, second: str) -> str:
     for change, a0, a1, b0, b1 in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
         for words, column, marks in ((a[a0:a1], marked[0], "[-{}-]"), (b[b0:b1], marked[1], "{{+{}+}}")):
             column += [w if change == "equal" or not w.strip() else marks.format(w) for w in words]
-    width = max(20, (shutil.get_terminal_size((120, 0)).columns - 3) // 2)
-    columns = [
-        [part for line in " ".join(words).split("\n") for part in textwrap.wrap(line, width) or [""]]
-        for words in marked
-    ]
+    width, texts = max(20, (shutil.get_terminal_size((120, 0)).columns - 3) // 2), [" ".join(words) for words in marked]
+    columns = [[part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""]] for text in texts]
     return "\n".join(f"{left:<{width}} | {right}" for left, right in zip_longest(*columns, fillvalue=""))
 
 
-def ask(folder: Path, questions: list[str], adapter: Path | None, overrides: list[str]) -> int:
-    """Puts questions to a run's adapter: those given, else those typed in one after the other, till an empty line."""
-    import train
-
-    try:
-        if not folder.is_dir():
-            raise train.UserError(f"--ask {folder}: no such folder; give a run's, such as outputs/NAME")
-        file = str(folder / "config.yaml")
-        config = train.read_config(file, overrides)
-        adapter = adapter or train.newest_checkpoint(folder)
-        if not adapter:
-            raise train.UserError(f"--ask {folder}: no adapter has been saved yet; give one with --adapter DIR")
-        # The base model may lie elsewhere now; that it is another would show in the shapes of its weights.
-        others = [override for override in overrides if not override.startswith("model.name=")]
-        train.check_adapter(adapter, train.read_config(file, others))
-        tokenizer = train.load_tokenizer(config)
-        policy = train.load_policy(config, tokenizer, adapter)
-        print(f"{config.model.name} with {adapter}", flush=True)
-        for number, question in enumerate(questions):
-            answer(train, policy, config, question, f"ask/{number}")
-    except train.UserError as error:
-        print(str(error).replace("--resume-adapter", "--adapter").replace("--config", "--ask"), file=sys.stderr)
-        return 2
-    while not questions:
-        try:
-            question = input("\nQuestion (an empty line ends): ").strip()
-        except (EOFError, KeyboardInterrupt):
-            question = ""
-        if not question:
-            print()
-            break
-        try:
-            answer(train, policy, config, question, "ask")
-        except train.UserError as error:  # too long; the next one may not be
-            print(error, file=sys.stderr)
-    return 0
+def ask(train: Any, args: argparse.Namespace) -> None:
+    """Puts questions to a run's newest adapter or to --adapter: those given, else those typed in."""
+    config = train.read_config(str(args.ask / "config.yaml"), args.set)
+    saved = [args.adapter] if args.adapter else train.checkpoints(args.ask)
+    if not saved or not (saved[-1] / "adapter_config.json").exists():
+        raise train.UserError(f"--ask {args.ask}: no adapter has been saved yet; give one with --adapter DIR")
+    train.check_adapter(saved[-1], config)
+    policy = train.load_policy(config, train.load_tokenizer(config), saved[-1])
+    print(f"{config.model.name} with {saved[-1]}", flush=True)
+    with suppress(EOFError, KeyboardInterrupt):
+        for question in args.question or iter(lambda: input("\nQuestion (an empty line ends): ").strip(), ""):
+            answer(train, policy, config, question)
 
 
-def answer(train, policy, config, question: str, seed: str) -> None:
+def answer(train: Any, policy: Any, config: Any, question: str) -> None:
     """Prints both attempts at a question, as an evaluation would sample them. Raises UserError where it is too long."""
-    examples = train.encode_rows([(question, "")], "asked", config, policy.tokenizer)
-    attempts = train.roll_out(policy, examples, config, config.eval.generation_temperature, seed)
-    print(f"\n=== question\n{question}")
-    for number, attempt in enumerate(attempts, 1):
-        if number == 2:
-            print(f"=== correction prompt\n{config.prompts.self_correction.strip()}")
-        cut = ", cut off by the budget" if attempt.truncated[0] else ""
-        print(f"=== attempt {number} ({len(attempt.completions[0])} tokens{cut})\n{attempt.texts[0].strip()}")
-    first, second = (attempt.texts[0].strip() for attempt in attempts)
-    print("=== what changed\n" + ("nothing" if first == second else side_by_side(first, second)))
-    tokens = sum(len(attempt.completions[0]) for attempt in attempts)
-    seconds = sum(attempt.seconds for attempt in attempts)
-    print(f"=== {tokens} tokens in {seconds:.2f} s: {tokens / seconds:,.0f} tokens/s", flush=True)
+    examples = train.encode_rows([(question, "", {})], "asked", config, policy.tokenizer)
+    how = (policy, examples, config, config.eval.generation_temperature, "ask")
+    seconds, (turns,) = timed(train, lambda: train.roll_out(*how))
+    cut, texts = [", cut off by the budget" * turn.truncated for turn in turns], [turn.text.strip() for turn in turns]
+    tokens = [len(turn.completion) for turn in turns]
+    print(f"\n=== attempt 1 ({tokens[0]} tokens{cut[0]})\n{texts[0]}")
+    print(f"=== correction prompt\n{config.prompts.self_correction.strip()}")
+    print(f"=== attempt 2 ({tokens[1]} tokens{cut[1]})\n{texts[1]}\n=== what changed\n{side_by_side(*texts)}")
+    print(f"=== {sum(tokens)} tokens in {seconds:.2f} s: {sum(tokens) / seconds:,.0f} tokens/s", flush=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def measure(train: Any, args: argparse.Namespace) -> None:
+    """What --config asks for: votes, decoding, or lengths, answers and budgets first, then one step."""
+    config = train.read_config(args.config, args.set)
+    if args.adapter:
+        train.check_adapter(args.adapter, config)
+    tokenizer, settings = train.load_tokenizer(config), config.train
+    pool, _, test = train.load_examples(config, tokenizer)
+    policy = train.load_policy(config, tokenizer, args.adapter)
+    print(f"{config.model.name}, adapter {args.adapter}, on {train.DEVICE.type}")
+    if args.votes:
+        vote(train, policy, test, config, args.votes)
+        return
+    problems = pool[: args.n or settings.stage2_batch_size * settings.oversample]
+    if not args.decode:
+        rows = (policy, [problem for problem in problems for _ in range(settings.num_generations)], config)
+        conversations = train.roll_out(*rows, settings.generation_temperature, "profile")
+        report_rollouts(train, conversations, config)
+        longest, limit = max(len(example.prompt) for example in pool + test), settings.max_prompt_length_attempt1
+        print(f"The longest prompt of all rows has {longest} tokens (train.max_prompt_length_attempt1 is {limit}).")
+    for sampler in [policy.sampler, *([train.Generate(policy)] if args.compare else [])]:
+        policy.sampler = sampler
+        if args.decode:
+            time_decoding(train, policy, pool, args.decode)
+        elif not args.lengths_only:
+            measure_step(train, policy, problems, config)
+
+
+def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="the config to measure")
-    parser.add_argument("--samples", type=Path, metavar="RUN_DIR", help="print a run's corrections instead")
-    parser.add_argument("--checkpoint", help="with --samples: pretrain, stage1 or stage2; the last one if not given")
-    parser.add_argument("--ask", type=Path, metavar="RUN_DIR", help="put questions to a run's last adapter instead")
-    parser.add_argument("question", nargs="*", help="with --ask; without one they are typed in")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="with --ask: any other saved adapter")
-    parser.add_argument("--show", type=int, default=3, help="with --samples: pairs of each kind")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.SUB=VALUE", help="override keys")
-    parser.add_argument("--n", type=int, default=32, help="problems of one optimizer step")
-    parser.add_argument("--compare", action="store_true", help="time model.generate too, also with a static cache")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="a saved adapter, with --config or --ask")
+    parser.add_argument("--n", type=int, help="problems; by default those of one Stage II step")
+    parser.add_argument("--lengths-only", action="store_true", help="leave out the step's speed and memory")
+    parser.add_argument("--compare", action="store_true", help="measure model.generate too")
     parser.add_argument("--decode", type=int, nargs="+", metavar="ROWS", help="time decoding alone at these batches")
-    parser.add_argument("--tokens", type=int, default=256, help="new tokens a row for --decode")
-    args = parser.parse_args()
-    if args.samples:
-        return show_samples(args.samples, args.checkpoint, args.show)
-    if args.ask:
-        return ask(args.ask, args.question, args.adapter, args.set)
-    if args.question or args.adapter:
-        parser.error("questions and --adapter go with --ask RUN_DIR")
-    if not args.config:
-        parser.error("--config FILE is needed, or --samples RUN_DIR, or --ask RUN_DIR")
-    if args.n < 2 or args.tokens < 1 or min(args.decode or [1]) < 1:
-        parser.error("--n: needs at least 2 problems; --decode and --tokens at least 1")
+    parser.add_argument("--votes", type=int, metavar="K", help="majority votes of up to 2K first attempts or K pairs")
+    parser.add_argument("--samples", type=Path, metavar="RUN_DIR", help="print a run's corrections")
+    parser.add_argument("--checkpoint", help="with --samples: pretrain, stage1, stage2, ...; the last one if not given")
+    parser.add_argument("--ask", type=Path, metavar="RUN_DIR", help="put questions to a run's newest adapter")
+    parser.add_argument("question", nargs="*", help="with --ask; without one they are typed in")
+    args = parser.parse_args(argv)
+    if sum(map(bool, (args.config, args.samples, args.ask))) != 1 or (args.question and not args.ask):
+        parser.error("give --config FILE, --samples RUN_DIR, or --ask RUN_DIR and questions")
+    if any(n is not None and n < 1 for n in (args.votes, args.n and args.n - 1, *(args.decode or []))) or args.n == 0:
+        parser.error("--n: at least 2; --votes, --decode: at least 1")
+    return args
 
-    import train
 
+def main(argv: list[str] | None = None) -> int:
+    args, faults = parse_command_line(argv), (OSError, ValueError)
     try:
-        config = train.read_config(args.config, args.set)
-        tokenizer = train.load_tokenizer(config)
-        pool, test = train.load_examples(config, tokenizer)
-        longest = max(len(example.prompt) for example in pool + test)
-        loading, policy = timed(train, lambda: train.load_policy(config, tokenizer))
-    except train.UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    import torch
-
-    card = torch.cuda.get_device_name() if train.DEVICE.type == "cuda" else train.DEVICE.type
-    examples = pool[: args.n]
-    print(
-        f"{config.model.name} on {card}, loaded in {loading:.1f} s; {len(examples)} problems x "
-        f"{config.train.num_generations} rollouts\n"
-    )
-    examples = [example for example in examples for _ in range(config.train.num_generations)]
-    name = "vLLM" if policy.engine else "built-in decoder" if policy.decoder else "generate, as loaded"
-    if args.decode:
-        print(f"Decoding {args.tokens} tokens a row, prefill included, EOS ignored; medians of {REPEATS}")
-        time_decoding(train, policy, pool, args.decode, args.tokens, name)
-        if args.compare and policy.decoder:
-            decoder, policy.decoder = policy.decoder, None
-            time_decoding(train, policy, pool, args.decode, args.tokens, "generate, as loaded")
-            policy.decoder = decoder
-        print("\nOne Stage II step: both attempts at the config's budgets, EOS respected")
-    rollout, attempts = time_rollout(train, policy, examples, config, name)
-    optimizer = torch.optim.AdamW(policy.trainable.values(), lr=0.0, weight_decay=0.0)
-    first, _ = timed(train, lambda: train.improve(policy, optimizer, attempts, 2, config))
-    peak_memory(train)
-    updates = [timed(train, lambda: train.improve(policy, optimizer, attempts, 2, config))[0] for _ in range(REPEATS)]
-    update, total = statistics.median(updates), rollout + statistics.median(updates)
-    tokens = sum(len(p) + len(c) for p, c in zip(attempts[-1].prompts, attempts[-1].completions, strict=True))
-    print(
-        f"{'update, both attempts and the reference':<42} {len(examples):>5} rows {tokens / update:>9,.0f} tokens/s "
-        f"{update:>31.2f} s (first {first:.2f} s) {peak_memory(train):>7.2f} GiB"
-    )
-    print(f"one Stage II step: {total:.2f} s, rollout {rollout / total:.0%}, update {update / total:.0%}")
-    print_split(train, policy, optimizer, examples, config, card)
-    if args.compare and policy.engine:  # last: the decoder moves the weights, so that there are two copies of them
-        reason = train.why_not_decodable(policy.model)
-        if reason:
-            print(f"built-in decoder: does not run here: {reason}")
+        if args.samples:
+            show_samples(args.samples, args.checkpoint)
         else:
-            policy.engine, policy.decoder = None, train.Decoder(policy.model, policy.eos_token_ids, policy.pad_token_id)
-            if args.decode:
-                time_decoding(train, policy, pool, args.decode, args.tokens, "built-in decoder")
-            time_rollout(train, policy, examples, config, "built-in decoder")
-    elif args.compare:
-        if policy.decoder:
-            policy.decoder.release()
-            policy.decoder = None
-            peer, _ = time_rollout(train, policy, examples, config, "generate, as loaded")
-            print(f"the same step with it: {peer + update:.2f} s, {(peer + update) / total:.1f} times as long")
-        compare_static_cache(train, policy, examples, config)
-    report_lengths(attempts, policy, config, longest)
+            import train
+
+            faults = (train.UserError, train.RunError, train.RewardError)
+            (ask if args.ask else measure)(train, args)
+    except faults as error:
+        print(str(error).replace("--resume-adapter", "--adapter"), file=sys.stderr)
+        return 2
     return 0
 
 
 if __name__ == "__main__":
-    from reward_function import RewardError
-
-    try:
-        sys.exit(main())
-    except RewardError as error:
-        print(f"reward.fn: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

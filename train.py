@@ -3,7 +3,7 @@
 
 Kumar et al., "Training Language Models to Self-Correct via Reinforcement Learning", ICLR 2025 (arXiv 2409.12917).
 
-A problem x1 is answered (attempt 1, y1); the model is told that there may be an error, not whether there is one
+The model answers a problem x1 (attempt 1, y1). It is told that there may be an error, not whether there is one
 (x2 = x1 + y1 + instruction), and answers again (attempt 2, y2). Both attempts are sampled from the policy being
 trained, one gradient step a batch. r is the reward of an answer, pi_ref the model before any training.
 
@@ -11,84 +11,51 @@ trained, one gradient step a batch. r is the reward of an answer, pi_ref the mod
     Stage II    max  E[ r(y1)  +  r(y2) + alpha * (r(y2) - r(y1))     ]  - beta1 KL1 - beta1 KL2
 
 KLi is KL(pi(.|xi) || pi_ref(.|xi)). Stage I holds attempt 1 where it was (a strict beta2) while attempt 2 learns to
-improve on it; without it the policy learns to answer once and to copy. Stage II trains both, and pays attempt 2 for
-progress. Each attempt is credited with its own reward only.
+improve on it. Without it the policy learns to answer once and to copy. Stage II trains both attempts and pays attempt 2
+for progress. Each attempt is credited with its own reward only.
 
 How it differs from a plain implementation, and why:
 - The reference is the same LoRA model with its adapter switched off: no second copy of the weights.
 - Both attempts of a conversation are read from one forward pass: attempt 2's row begins with attempt 1's.
-- The loss is a sum over conversations, so each micro-batch goes forward and backward alone: memory depends on the
+- The loss is a sum over conversations, so each micro-batch goes forward and backward alone. Memory depends on the
   micro-batch, not on the batch, and no two graphs are alive at once.
 - Token log-probs are computed from hidden states in chunks: no [B, T, V] tensor exists.
-- All randomness of a step comes from (seed, stage, step), so a resumed run repeats an uninterrupted one exactly.
+- All randomness comes from (seed, stage, step, attempt, row), so a resumed run repeats an uninterrupted one exactly.
 
     python train.py --config configs/tiny.yaml                 # two stages on a laptop's CPU, in minutes
     python train.py --config configs/gsm8k.yaml [--smoke 8]    # one GPU, with Unsloth
-    python train.py --config configs/gsm8k.yaml --start-stage 2 --resume-adapter outputs/score-gsm8k/stage1
+    python train.py --help                                     # flags, and every key with its default and meaning
 
-Part one is the method, in the order in which a run meets it; part two the machinery. Names are looked up when they are
-called, so part one may use anything of part two. Part two gets Config, Policy, Example and Attempt from part one, and
-calls back only what stands below behind "calls".
-
-Part one: the method
-    configuration        every key, its default and its bounds; knows only the fault words of the command line
-    model                the policy, its reference, and how both come out of one set of weights
-    data                 problems as prompts, and the bridge from attempt 1 to attempt 2
-    rollout              attempts sampled one after the other
-    rewards looked up    what an attempt earns, and whether it is correct; knows no model
-    objective            log-probs, KL, advantages, one step; knows attempts, no examples
-    a stage              roll out, improve, write down; Stage I and II differ in `stage_terms` alone
-    evaluation           the paper's metrics; changes no weight
-    the run              evaluate, Stage I, evaluate, Stage II, evaluate
-
-Part two: the machinery
-    light imports        what only part two needs before a config is read
-    messages             the errors, and what is printed; knows nothing
-    command line         flags, and every fault of a config in one line; knows no torch
-    heavy imports        torch, Unsloth and the rest, the device, the processes
-    loading              tokenizer, sampler, adapter, memory; calls completion_log_probs and reference to try them
-    chat template        turns as text
-    rows                 reading a dataset and its faults, its order in a stage, TRL's rewards
-    sampling             vLLM, memory, rows of attempts taken apart and joined
-    log-probs kernel     tensors only
-    decoder              CUDA graphs and Triton kernels; knows a model, nothing of this project's types
-    several processes    shares of a batch, sums of gradients, watching one another
-    run folder           what is written, when it may be overwritten, how it is rewound; knows no model
-    checkpoints          saved, found, pruned, merged, uploaded
-    reports              bars, tables, curves, cards, W&B, votes, statistics; calls roll_out, attempt_means
-    signals              stopping at a safe point
-    start                every way of ending as an exit code; calls train_and_evaluate
+The file reads in the order in which a run meets it; the samplers, which know a model and nothing of SCoRe, come last.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import hashlib
 import json
 import math
+import os
 import random
 import re
+import reprlib
+import shlex
+import signal
+import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from reward_function import (
-    ANSWER_EXTRACTORS,
-    REWARD_FNS,
-    correction_split,
-    diagnose,
-    is_correct,
-    outcomes,
-    score,
-    score_by_name,
-    weighted_sum,
-)
+import reward_function as rewards
+from reward_function import ANSWER_EXTRACTORS, MATCH_FNS, RewardError, answer_reader, did_you_mean
 
 # ---------------------------------------------------------------------------------------------------- configuration
 
@@ -96,14 +63,23 @@ from reward_function import (
 def read_number(value: Any) -> Any:
     """YAML 1.1 reads 1e-5 (no dot) as text; a number written so is still a number."""
     if isinstance(value, str):
-        try:
+        with suppress(ValueError):
             return float(value)
-        except ValueError:
-            pass
     return value
 
 
+def expand_home(value: Any) -> Any:
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
 Real = Annotated[float, BeforeValidator(read_number), Field(allow_inf_nan=False)]
+PathText = Annotated[str, BeforeValidator(expand_home), Field(min_length=1)]
+Projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def key(default: Any, meaning: str, **bounds: Any) -> Any:
+    """A config key: its default, its meaning for --help, its bounds."""
+    return Field(default, description=meaning, **bounds)
 
 
 class Section(BaseModel):
@@ -111,163 +87,163 @@ class Section(BaseModel):
 
 
 class LoraConfig(Section):
-    r: int = Field(16, ge=1)
-    alpha: Real = Field(16, gt=0)
-    dropout: Real = Field(0.0, ge=0, lt=1)
-    target_modules: list[str] = Field(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
-    )
+    r: int = key(16, "rank: how far the policy can move away from the reference", ge=1)
+    alpha: Real = key(16, "scale of the update is alpha / r", gt=0)
+    dropout: Real = key(0.0, "keep at 0: dropout trains another policy than the one that was sampled", ge=0, lt=1)
+    target_modules: list[str] = key(Projections, "linear layers that get an adapter", min_length=1)
 
 
 class ModelConfig(Section):
-    name: str = Field(min_length=1)
-    max_seq_length: int = Field(2048, ge=8)
-    load_in_4bit: bool = False
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] = {}
-    fast_inference: bool = False
-    fast_inference_gpu_mem: Real = Field(0.5, gt=0, lt=1)
-    gradient_checkpointing: Literal["auto", True, False, "unsloth"] = "auto"
-    decoder: Literal["auto", "graph", "generate"] = "auto"
-    trust_remote_code: bool = False
+    name: PathText = key(..., "hub id or local folder; with the adapter off it is the reference policy")
+    max_seq_length: int | None = key(None, "tokens of a whole conversation; null: computed from the budgets", ge=8)
+    load_in_4bit: bool = key(False, "4-bit base weights: a bigger model on the same card")
+    chat_template: str | None = key(None, "Jinja file or template; null or empty: the tokenizer's own")
+    chat_template_kwargs: dict[str, Any] = key({}, "variables for the template, such as enable_thinking: true")
+    fast_inference: bool = key(True, "rollouts by a built-in sampler; false: by model.generate")
+    fast_inference_gpu_mem: Real = key(0.5, "share of the free GPU memory that a rollout may take", gt=0, lt=1)
+    gradient_checkpointing: Literal["auto", True, False] = key("auto", "true: less memory, more time; auto: if needed")
+    trust_remote_code: bool = key(False, "run code that comes with the model: only for a model that you trust")
     lora: LoraConfig = LoraConfig()
-
-    @field_validator("fast_inference")
-    @classmethod
-    def has_vllm(cls, value: bool) -> bool:
-        if value and not importlib.util.find_spec("vllm"):
-            raise ValueError("needs vLLM: pip install vllm==0.24.0, or set it to false (model.decoder is fast too)")
-        return value
 
 
 class DatasetConfig(Section):
-    name: str = Field(min_length=1)
-    config_name: str | None = None
-    revision: str | None = None
-    split: str | None = None
-    input_field: str = Field(min_length=1)
-    target_field: str = Field(min_length=1)
-    test_split_size: int | None = Field(None, ge=1)
-    skip_faulty_rows: bool = False
+    name: PathText = key(..., "hub id, local folder (jsonl, parquet, csv, save_to_disk) or file")
+    config_name: str | None = key(None, "a hub dataset's sub-config")
+    revision: str | None = key(None, "commit or tag of a hub dataset; null: the newest")
+    split: str | None = key(None, "take train and test rows from this one split; null: from train and test")
+    input_field: str = key(..., "column with the problem", min_length=1)
+    target_field: str = key(..., "column with the reference answer", min_length=1)
+    test_split_size: int | None = key(None, "test rows to hold out of `split`, or to keep of test; null: all", ge=1)
 
 
 class WorkedExample(Section):
     model_config = ConfigDict(str_strip_whitespace=True)
-    input: str = Field(min_length=1)
-    output: str = Field(min_length=1)
+    input: str = key(..., "a problem", min_length=1)
+    output: str = key(..., "its answer in the format", min_length=1)
+
+
+PAPERS_INSTRUCTION = (
+    "There might be an error in the solution above because of lack of understanding of the question. Please correct "
+    "the error, if any, and rewrite the solution."
+)
 
 
 class PromptsConfig(Section):
-    system: str = ""
-    examples: list[WorkedExample] = []
-    self_correction: str = Field(
-        "There might be an error in the solution above because of lack of understanding of the question. Please "
-        "correct the error, if any, and rewrite the solution.",
-        min_length=1,
-    )
+    system: str = key("", "system prompt; empty: none")
+    examples: list[WorkedExample] = key([], "worked examples, shown as earlier turns: a list of {input, output}")
+    self_correction: str = key(PAPERS_INSTRUCTION, "the instruction between attempt 1 and attempt 2", min_length=1)
 
 
 class RewardConfig(Section):
-    module: str | None = None  # first: it registers what the others name
-    fn: str | list[str] = "format_and_match"
-    weights: list[Real] | None = None
-    columns: dict[str, str] = {}
-    completions: Literal["conversational", "text"] = "conversational"
-    answer_extractor: str = "identity"
+    module: PathText | None = key(None, "a Python file that registers your own rewards, extractors and matches")
+    fn: str | list[str] = key("format_and_match", "registered, a function of `module`, or TRL's; a list is summed")
+    weights: list[Real] | None = key(None, "a weight for each function of a list; null: 1.0 each")
+    columns: dict[str, str] = key({}, "dataset columns by other names for rewards in TRL's form")
+    answer_extractor: str = key("identity", "how an answer is read from an output and from a reference")
+    match: str = key("equal", "when two answers are the same")
 
     @property
     def names(self) -> list[str]:
         return [self.fn] if isinstance(self.fn, str) else self.fn
 
-    @property
-    def unregistered(self) -> list[str]:
-        """The functions in TRL's form."""
-        return [name for name in self.names if name not in REWARD_FNS]
-
     @field_validator("module")
     @classmethod
     def is_loaded(cls, file: str | None) -> str | None:
         if file:
-            load_reward_module(Path(file))
+            rewards.load_reward_module(file)
         return file
 
     @field_validator("fn", mode="before")
     @classmethod
-    def can_be_found(cls, fn: Any, field: Any) -> Any:
+    def can_be_found(cls, fn: Any, found: Any) -> Any:
         names = fn if isinstance(fn, list) else [fn]
         if not names or not all(isinstance(name, str) for name in names):
             raise ValueError("must be the name of a reward function, or a list of names")
-        for name in names if "module" in field.data else ():  # else the module's fault says enough
-            if fault := reward_fault(name, field.data["module"]):
-                raise ValueError(f"{name!r} {fault}" if names is fn else fault)
+        for name in names if "module" in found.data else ():  # without its module a name cannot be judged
+            if fault := rewards.reward_fault(name, found.data["module"]):
+                raise ValueError(f"{name!r} {fault}")
         return fn
 
-    @field_validator("weights")
+    @field_validator("answer_extractor", "match")
     @classmethod
-    def are_one_each(cls, weights: list[float] | None, field: Any) -> list[float] | None:
-        fn = field.data.get("fn")  # missing if it is at fault itself
-        count = len(fn) if isinstance(fn, list) else 1
-        if fn and weights is not None and len(weights) != count:
-            raise ValueError(f"must be as many as the functions in reward.fn: {count}, not {len(weights)}")
-        return weights
-
-    @field_validator("answer_extractor")
-    @classmethod
-    def is_registered(cls, name: str, field: Any) -> str:
-        if name not in ANSWER_EXTRACTORS and "module" in field.data:
-            raise ValueError(not_registered(name, ANSWER_EXTRACTORS))
+    def is_registered(cls, name: str, found: Any) -> str:
+        known = ANSWER_EXTRACTORS if found.field_name == "answer_extractor" else MATCH_FNS
+        if name not in known and "module" in found.data:
+            raise ValueError(f"is not registered; registered are {', '.join(sorted(known))}{did_you_mean(name, known)}")
         return name
+
+    @model_validator(mode="after")
+    def has_a_weight_each(self) -> RewardConfig:
+        if self.weights is not None and len(self.weights) != len(self.names):
+            raise ValueError(f"weights: must be as many as the functions in reward.fn, {len(self.names)}")
+        return self
 
 
 class TrainConfig(Section):
-    stage1_batch_size: int = Field(64, ge=1)
-    stage2_batch_size: int = Field(64, ge=1)
-    micro_batch_size: int = Field(8, ge=1)
-    stage1_epochs: Real = Field(1, ge=0)
-    stage2_epochs: Real = Field(1, ge=0)
-    learning_rate: Real = Field(1e-5, gt=0)
-    max_grad_norm: Real = Field(1.0, gt=0)
-    warmup_steps: int = Field(0, ge=0)
-    lr_decay: Real = Field(0.0, ge=0, le=1)
-    alpha: Real = Field(10.0, ge=0)
-    beta1: Real = Field(0.01, ge=0)
-    beta2: Real = Field(0.1, ge=0)
-    baseline: Literal["leave_one_out", "batch", "none"] = "leave_one_out"
-    num_generations: int = Field(1, ge=1)
-    stage1_corrections: int = Field(1, ge=1)
-    stage2_corrections: int = Field(1, ge=1)
-    oversample: int = Field(1, ge=1)
-    importance_clip: Real | None = Field(None, gt=0)
-    length_norm: Literal["sequence", "constant"] = "sequence"
-    generation_temperature: Real = Field(1.0, gt=0)
-    max_new_tokens_attempt1: int = Field(512, ge=1)
-    max_new_tokens_attempt2: int = Field(512, ge=1)
-    max_prompt_length_attempt1: int = Field(512, ge=1)
-    max_prompt_length_attempt2: int = Field(1536, ge=1)
-    seed: int = Field(42, ge=0, lt=2**32)
-    checkpoint_every: int | None = Field(None, ge=1)
-    max_skipped_steps: int = Field(10, ge=1)
+    stage1_batch_size: int = key(64, "problems an optimizer step in Stage I", ge=1)
+    stage2_batch_size: int = key(64, "problems an optimizer step in Stage II", ge=1)
+    micro_batch_size: int = key(8, "full-length rows that go through the update at once: memory, not results", ge=1)
+    stage1_epochs: Real = key(1, "passes over the train rows in Stage I; may be a fraction; 0 skips the stage", ge=0)
+    stage2_epochs: Real = key(1, "the same for Stage II", ge=0)
+    stage1_steps: int | None = key(None, "optimizer steps of Stage I; null: from stage1_epochs", ge=0)
+    stage2_steps: int | None = key(None, "the same for Stage II", ge=0)
+    learning_rate: Real = key(1e-5, "AdamW's, without weight decay", gt=0)
+    warmup_steps: int = key(0, "steps of linear warm-up at the start of each stage", ge=0)
+    lr_decay: Real = key(0.0, "share of a stage, its last, over which the rate falls linearly towards 0", ge=0, le=1)
+    alpha: Real = key(10.0, "Stage II: attempt 2 earns r2 + alpha (r2 - r1): progress pays, a copy does not", ge=0)
+    attempt2_weight: Real | None = key(None, "Stage II: both attempts' advantages on one scale, 2's times this", gt=0)
+    beta1: Real = key(0.01, "weight of the KL to the reference: attempt 2 in Stage I, both in Stage II", ge=0)
+    beta2: Real = key(0.1, "Stage I's strict KL weight on attempt 1, which holds it where it was", ge=0)
+    baseline: Literal["leave_one_out", "none"] = key("leave_one_out", "mean of the other rollouts; none: raw returns")
+    num_generations: int = key(1, "rollouts a problem; above 1 the baseline compares rollouts of one problem", ge=1)
+    stage1_corrections: int = key(1, "Stage I: so many rollouts share a first attempt and are compared", ge=1)
+    oversample: int = key(1, "of so many problems rolled out one is trained; those without signal go first", ge=1)
+    length_norm: Literal["sequence", "constant"] = key("sequence", "divide by the length; constant: by the budget")
+    generation_temperature: Real = key(1.0, "rollouts are drawn from softmax(logits / T), log-probs use the same", gt=0)
+    max_new_tokens_attempt1: int = key(512, "token budget of attempt 1", ge=1)
+    max_new_tokens_attempt2: int = key(512, "token budget of attempt 2", ge=1)
+    max_prompt_length_attempt1: int = key(512, "longer problems are left out with a count, never cut", ge=1)
+    max_prompt_length_attempt2: int | None = key(None, "holds prompt 1, attempt 1, instruction; null: computed", ge=1)
+    seed: int = key(42, "decides LoRA's start, the order of the data and every sample", ge=0, lt=2**32)
+    checkpoint_every: int | None = key(None, "steps between checkpoints (stage1/step_N); null: stage ends only", ge=1)
+
+    @model_validator(mode="after")
+    def fits_together(self) -> TrainConfig:
+        """Faults between keys. Each line begins with the key to change."""
+        faults, needed = [], self.max_prompt_length_attempt1 + self.max_new_tokens_attempt1 + 1
+        if self.max_prompt_length_attempt2 is not None and self.max_prompt_length_attempt2 < needed:
+            faults.append(
+                f"max_prompt_length_attempt2: needs {needed} or more for prompt, attempt 1, instruction; omit it"
+            )
+        if self.num_generations % self.stage1_corrections:
+            faults.append(f"stage1_corrections: must divide train.num_generations, which is {self.num_generations}")
+        firsts = {1: self.num_generations // self.stage1_corrections, 2: self.num_generations}
+        for stage, rollouts in firsts.items():
+            if self.baseline != "none" and rollouts * getattr(self, f"stage{stage}_batch_size") == 1:
+                faults.append(f"stage{stage}_batch_size: the baseline needs 2 first attempts a step or more; raise it")
+        if self.oversample > 1 and (self.baseline == "none" or self.num_generations == 1):
+            faults.append("oversample: needs rollouts to compare; raise num_generations, keep baseline leave_one_out")
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
 
 
 class EvalConfig(Section):
-    batch_size: int = Field(64, ge=1)
-    max_examples: int | None = Field(None, ge=1)
-    generation_temperature: Real = Field(0.0, ge=0)
-    attempts: int = Field(2, ge=2)
-    samples: int = Field(1, ge=1)
-    validation: int = Field(0, ge=0)
+    batch_size: int = key(64, "rows sampled at once", ge=1)
+    max_examples: int | None = key(None, "evaluate the first N test rows; null: all", ge=1)
+    generation_temperature: Real = key(0.0, "0 is greedy", ge=0)
+    validation: int = key(0, "train rows held out of training and evaluated at each checkpoint, to choose by", ge=0)
 
 
 class OutputConfig(Section):
-    dir: str = Field("outputs", min_length=1)
-    keep_checkpoints: int | None = Field(None, ge=1)
-    merge: bool = False
-    push_to_hub: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
+    dir: PathText = key("outputs", "a run is written to {dir}/{run_name}/")
+    merge: bool = key(False, "also save the base model with the adapter merged in, as merged/")
+    push_to_hub: str | None = key(None, "user/name: upload the last adapter and its card", pattern=r"^[\w.-]+/[\w.-]+$")
 
 
 class Config(Section):
-    run_name: str = Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    wandb_project: str | None = None
+    run_name: str = key(..., "name of the run and its folder", max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    wandb_project: str | None = key(None, "Weights & Biases project; null: none")
     model: ModelConfig
     dataset: DatasetConfig
     prompts: PromptsConfig = PromptsConfig()
@@ -275,6 +251,695 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     output: OutputConfig = OutputConfig()
+
+    @model_validator(mode="after")
+    def fits_together(self) -> Config:
+        train = self.train
+        prompt2 = train.max_prompt_length_attempt1 + train.max_new_tokens_attempt1 + 1
+        need = (train.max_prompt_length_attempt2 or prompt2) + train.max_new_tokens_attempt2
+        if (self.model.max_seq_length or math.inf) < need:
+            raise ValueError(f"model.max_seq_length: a conversation can take {need} tokens; leave it out")
+        if self.dataset.split and self.dataset.test_split_size is None:
+            raise ValueError("dataset.test_split_size: required with dataset.split: how many rows to hold out for test")
+        return self
+
+
+def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key of the schema with its field, sections included."""
+    keys = {}
+    for name, info in section.model_fields.items():
+        keys[prefix + name] = info
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            keys |= known_keys(info.annotation, f"{prefix}{name}.")
+    return keys
+
+
+# ----------------------------------------------------------------------------------------------------- command line
+
+
+class UserError(Exception):
+    """Bad user input. The message names the setting and the fix. Exit code 2."""
+
+
+class RunError(Exception):
+    """The run cannot go on. The message says why. Exit code 1."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop. Everything that is finished has been saved."""
+
+
+def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
+    """Reads flags and config. Raises UserError."""
+    parser = argparse.ArgumentParser(
+        description="SCoRe: two-stage RL for self-correction on one GPU.",
+        epilog=describe_keys(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.SUB=VALUE", help="override keys")
+    parser.add_argument("--smoke", type=int, metavar="N", help="a quick check of every path on N examples")
+    parser.add_argument("--start-stage", type=int, choices=(1, 2), default=1, help="2 skips Stage I")
+    parser.add_argument("--resume-adapter", metavar="DIR", help="adapter to start from (needed by --start-stage 2)")
+    parser.add_argument("--resume", action="store_true", help="continue this run from its newest checkpoint")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate the base model, or --resume-adapter")
+    parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in the way")
+    parser.add_argument("--quiet", action="store_true", help="print the final table and errors only")
+    parser.error = refuse_flags  # argparse's own prints the usage too
+    args = parser.parse_args(argv)
+    config = read_config(args.config, args.set)
+    check_flags(args)
+    if args.smoke is not None:
+        shrink_for_smoke(config, args.smoke)
+    if args.resume_adapter:
+        args.resume_adapter = os.path.expanduser(args.resume_adapter)
+        check_adapter(Path(args.resume_adapter), config)
+    return args, config
+
+
+def refuse_flags(message: str) -> None:
+    raise UserError(f"{' '.join(message.split())} (--help lists the flags)")
+
+
+def describe_keys() -> str:
+    """The keys of a config file for --help: default and meaning."""
+    lines = ["keys of the config file (default: meaning):"]
+    for name, info in known_keys().items():
+        if info.description:
+            default = "required" if info.is_required() else json.dumps(info.default)
+            default = default if len(default) < 40 else "see train.py"
+            lines.append(f"  {name}\n      {default}: {info.description}")
+    return "\n".join(lines)
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuses flags that contradict one another. Raises UserError."""
+    if args.start_stage == 2 and not (args.resume_adapter or args.resume):
+        raise UserError("--start-stage 2: needs --resume-adapter DIR, the Stage I adapter to start from")
+    if args.resume_adapter and not (args.start_stage == 2 or args.eval_only):
+        raise UserError("--resume-adapter: goes with --start-stage 2 or --eval-only; --resume continues a run")
+    for flag, other in (("resume", "eval_only"), ("resume", "overwrite"), ("resume", "resume_adapter")):
+        if getattr(args, flag) and getattr(args, other):
+            raise UserError(f"--{flag}: goes on with this run as it is; leave out --{other.replace('_', '-')}")
+    if args.smoke is not None and args.smoke < 4:
+        raise UserError(f"--smoke {args.smoke}: needs at least 4 examples, for two steps of two")
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """YAML that refuses a key written twice, where the plain loader silently keeps the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names = [name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode) and name.value != "<<"]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.MarkedYAMLError(problem=f"the key {name} stands twice", problem_mark=node.start_mark)
+        return node
+
+
+def read_config(path: str, overrides: list[str] = ()) -> Config:
+    """Reads a YAML file, applies `key.sub=value` overrides and validates the result. Raises UserError."""
+    try:
+        tree = yaml.load(Path(path).read_text(encoding="utf-8-sig"), UniqueKeys)  # noqa: S506
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    except Exception as error:  # yaml has more than its own: 2025-13-13 is a ValueError, !!bool maybe a KeyError
+        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
+    if not isinstance(tree, dict):
+        what = "empty" if tree is None else type(tree).__name__
+        raise UserError(f"--config {path}: must be a mapping of keys to values, and is {what}")
+    for override in overrides:
+        set_key(tree, override)
+    return check_config(tree)
+
+
+def set_key(tree: dict[str, Any], override: str) -> None:
+    """Applies one `key.sub=value`. Raises UserError."""
+    name, equals, text = override.partition("=")
+    if not equals or not all(name.split(".")):
+        raise UserError(f"--set {override!r}: must read key.sub=value")
+    try:
+        value = yaml.load(text, UniqueKeys)  # noqa: S506
+    except Exception:
+        raise UserError(f"--set {override!r}: the value is not valid YAML") from None
+    *parents, last = name.split(".")
+    for part in parents:
+        tree = tree.setdefault(part, {}) if isinstance(tree, dict) else None
+    if not isinstance(tree, dict):
+        raise UserError(f"--set {override!r}: {'.'.join(parents)!r} is not a section")
+    tree[last] = value
+
+
+def check_config(tree: dict[str, Any]) -> Config:
+    """Validates a whole config. Raises UserError with one line a fault: first those of single keys, all at once; where
+    there are none, those between keys."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [line for fault in error.errors() for line in fault_lines(fault)]
+        raise UserError("\n".join(dict.fromkeys(lines))) from None
+
+
+def fault_lines(fault: dict[str, Any]) -> list[str]:
+    """The key, the bad value, what would be right; one line a fault."""
+    name = ".".join(str(part) if str(part).isprintable() else repr(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return [f"{name}: unknown key{better_key(name)}"]
+    if fault["type"] == "missing":
+        return [f"{name}: required, and not given"]
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error" and (not name or name in Config.model_fields and "." not in name):
+        return [f"{name}.{line}" if name else line for line in message.split("\n")]  # between keys: `fits_together`
+    value = f" (got {reprlib.repr(fault['input'])})" if not isinstance(fault["input"], dict) else ""
+    choices = (fault.get("ctx") or {}).get("expected", "").split("'")[1::2]
+    close = did_you_mean(reprlib.repr(fault["input"]).strip("'"), choices)
+    return [f"{name}: {message[0].lower() + message[1:]}{value}{close}"]
+
+
+def better_key(name: str) -> str:
+    """What an unknown key may have meant."""
+    section, _, last = name.rpartition(".")
+    homes = [known for known in known_keys() if known.split(".")[-1] == last]
+    siblings = [known for known in known_keys() if known.rpartition(".")[0] == section]
+    return f"; it belongs to {homes[0]}" if homes else did_you_mean(name, siblings or known_keys())
+
+
+def shrink_for_smoke(config: Config, examples: int) -> None:
+    """Two optimizer steps a stage with a checkpoint after each: few rows, few generations, short completions."""
+    train = config.train
+    config.run_name += "-smoke"
+    train.stage1_corrections = min(2, train.stage1_corrections)
+    train.num_generations = 2 * train.stage1_corrections if train.num_generations > 1 else 1
+    train.oversample = min(2, train.oversample)
+    for stage in (1, 2):
+        batch = min(getattr(train, f"stage{stage}_batch_size"), max(2, examples // 2 // train.oversample))
+        setattr(train, f"stage{stage}_batch_size", batch)
+        if stage_is_on(train, stage):
+            setattr(train, f"stage{stage}_steps", 2)
+        budget = f"max_new_tokens_attempt{stage}"
+        setattr(train, budget, min(64, getattr(train, budget)))
+    train.checkpoint_every = 1
+    config.eval.max_examples = min(examples, config.eval.max_examples or examples)
+    config.eval.validation = min(examples, config.eval.validation)
+
+
+def stage_is_on(train: TrainConfig, stage: int) -> bool:
+    steps, epochs = getattr(train, f"stage{stage}_steps"), getattr(train, f"stage{stage}_epochs")
+    return epochs > 0 if steps is None else steps > 0
+
+
+def check_adapter(folder: Path, config: Config) -> None:
+    """Refuses, before any model is loaded, an adapter that does not fit the config. Raises UserError."""
+    try:
+        saved = dict(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
+    except OSError:
+        raise UserError(f"--resume-adapter {folder}: no adapter there; give one such as outputs/NAME/stage1") from None
+    except (ValueError, TypeError):
+        raise UserError(f"--resume-adapter {folder}: adapter_config.json is not valid JSON") from None
+    base, wanted, lora = str(saved.get("base_model_name_or_path")), config.model.name, config.model.lora
+    if Path(base).exists() and Path(wanted).exists() and Path(base).samefile(wanted):
+        base = wanted
+    for name, theirs, ours in (
+        ("name", base, wanted),
+        ("lora.r", saved.get("r"), lora.r),
+        ("lora.alpha", saved.get("lora_alpha"), lora.alpha),
+        ("lora.target_modules", sorted(saved.get("target_modules") or []), sorted(set(lora.target_modules))),
+    ):
+        if theirs != ours:
+            raise UserError(f"--resume-adapter {folder}: trained with model.{name} {theirs}, the config says {ours}")
+    for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        if saved.get(name):
+            raise UserError(f"--resume-adapter {folder}: trained with {name}, which this trainer does not do")
+
+
+if __name__ == "__main__":  # here, so that a mistyped key costs a second, not the minute that the imports may take
+    try:
+        ARGS, CONFIG = parse_command_line()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------------------- slow imports, the device
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+
+import io
+import logging
+import netrc
+import shutil
+import socket
+from datetime import date, datetime
+
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import warns of a coming change there
+logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)  # of 4-bit kernels
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+# Unsloth runs on these accelerators and must be imported before transformers and peft. Elsewhere the same code runs on
+# transformers + PEFT: load_policy decides, nothing after it asks.
+DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+DEVICE = torch.device("cpu") if DEVICE is None or DEVICE.type not in ("cuda", "xpu") else DEVICE
+if DEVICE.type != "cpu":
+    with redirect_stdout(io.StringIO()):  # its banner
+        import unsloth  # noqa: F401
+
+import datasets
+import filelock
+import huggingface_hub
+import transformers
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import profile_run as reports
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU-only installation
+    triton = None
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+datasets.disable_progress_bars()
+datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs an error before raising it
+
+QUIET = False  # --quiet
+
+
+def log(message: str, always: bool = False) -> None:
+    """Prints one line without tearing a progress bar. With --quiet prints only what is logged `always`."""
+    if always or not QUIET:
+        try:
+            tqdm.write(message, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:  # `| head` or the terminal has gone: the run goes on
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def first_line(error: BaseException) -> str:
+    text = str(getattr(error, "strerror", None) or error).strip()  # the system's errors repeat the path
+    line = (text.splitlines() or [type(error).__name__])[0].rstrip()
+    return line[:300] + "; model.trust_remote_code: true would run it" * ("trust_remote_code" in str(error))
+
+
+# ---------------------------------------------------------------------------------------------------------- the run
+
+
+def train_and_evaluate(args: argparse.Namespace, config: Config) -> Run:
+    """The whole run: evaluate, Stage I, evaluate, Stage II, evaluate. Raises UserError, RunError, Interrupted."""
+    with claim_folder(args, config):
+        tokenizer = load_tokenizer(config)
+        bridge, _ = attempt2_bridge(tokenizer, config)
+        train, validation, test = load_examples(config, tokenizer, args.smoke)
+        steps = {stage: 0 if args.eval_only else len(stage_batches(stage, len(train), config)) for stage in (1, 2)}
+        marks = fingerprints(train, validation, test, bridge, config)
+        checkpoint = find_start(args, config, marks)
+        adapter = Path(args.resume_adapter) if args.resume_adapter else checkpoint
+        adapter = adapter if adapter and (adapter / "adapter_config.json").exists() else None
+        for name in ("adapter_model", "optimizer") if adapter else ():  # before the minute that the model may take
+            if name == "adapter_model" or (adapter / f"{name}.safetensors").exists():
+                read_weights(adapter / f"{name}.safetensors")
+        policy = load_policy(config, tokenizer, adapter)
+        run = open_run(args, config, checkpoint, marks, policy)
+        log(describe_run(policy, config, len(train), len(test), steps))
+        if args.eval_only:
+            evaluate_only(run, policy, test, adapter)
+        else:
+            run_stages(run, policy, train, validation, test, steps)
+        finish_run(run, policy)
+    return run
+
+
+def run_stages(
+    run: Run,
+    policy: Policy,
+    train: list[Example],
+    validation: list[Example],
+    test: list[Example],
+    steps: dict[int, int],
+) -> None:
+    """Both stages from where the run stands, and the evaluations between them."""
+
+    def validate(stage: int, step: int) -> None:
+        if validation:
+            label, at = f"stage{stage}/step_{step}", steps[1] * (stage - 1) + step
+            run.evaluate(policy, validation, label, at, held_out="validation")
+
+    start_stage, done = checkpoint_place(run.checkpoint)
+    with reference(policy):  # an adapter to start from is not the pretrained model
+        run.evaluate(policy, test, "pretrain", 0)
+    if start_stage == 2 and done == 0:
+        run.evaluate(policy, test, "stage1", steps[1], adapter=run.state["adapter"])
+    for stage in (1, 2):
+        if stage < start_stage or not steps[stage]:
+            continue
+        first = done if stage == start_stage else 0
+        if first < steps[stage]:
+            every = run.config.train.checkpoint_every or math.inf
+            if first % every == 0 and (first or stage == start_stage or not steps[1]):  # else Stage I ended with this
+                validate(stage, first)  # unless that was done before an interruption
+            train_stage(policy, train, stage, run, first, steps, validate)
+        validate(stage, steps[stage])
+        run.evaluate(policy, test, f"stage{stage}", steps[1] * (stage - 1) + steps[stage])
+
+
+def evaluate_only(run: Run, policy: Policy, test: list[Example], adapter: Path | None) -> None:
+    """--eval-only: the base model, or the adapter, on the test rows."""
+    label = "pretrain"
+    if adapter:
+        label = f"stage{checkpoint_place(adapter)[0]}" if (adapter / "state.json").exists() else "adapter"
+    with nullcontext() if adapter else reference(policy):
+        run.evaluate(policy, test, label, 0, again=True, adapter=str(adapter) if adapter else None)
+
+
+def describe_run(policy: Policy, config: Config, train: int, test: int, steps: dict[int, int]) -> str:
+    wrapped = sum(hasattr(module, "lora_A") for module in policy.model.modules())
+    weights = sum(weight.numel() for weight in policy.trainable.values())
+    heat = config.train.generation_temperature
+    return (
+        f"{config.run_name}: {config.model.name} on {DEVICE.type}, LoRA on {wrapped} modules, {weights:,} trainable "
+        f"parameters; {train} train and {test} test examples, {steps[1]} + {steps[2]} steps. Figures read attempt 1 / "
+        f"attempt 2: of training they are sampled at temperature {heat:g}, of evaluations {reports.decoding(config)}."
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class Example:
+    """One problem: its text, its reference answer, and the token ids of the attempt-1 prompt."""
+
+    question: str
+    target: str
+    prompt: list[int]
+    columns: dict[str, Any] = field(default_factory=dict)  # what rewards in TRL's form get by name
+
+
+def load_tokenizer(config: Config) -> Any:
+    """The tokenizer with its chat template. Raises UserError."""
+    name, template = config.model.name, config.model.chat_template
+    if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"model.name: there is no folder {name}")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=config.model.trust_remote_code)
+    except Exception as error:  # a wrong name, no network, or a damaged file: each library has its own class for it
+        place = name if os.path.isdir(name) else f"{name} (no folder here, so a hub id)"
+        raise UserError(f"model.name: no tokenizer at {place}: {first_line(error)}") from None
+    if template and os.path.isfile(os.path.expanduser(template)):
+        try:
+            tokenizer.chat_template = Path(template).expanduser().read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"model.chat_template: {template} cannot be read: {error}") from None
+    elif template and "{{" not in template and "{%" not in template:
+        raise UserError(f"model.chat_template: no Jinja template, and no file: {template!r}")
+    elif template:
+        tokenizer.chat_template = template
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
+        raise UserError(f"model.name: {name} has no tokenizer (tokenizer.json)")
+    if not tokenizer.chat_template:
+        raise UserError(f"model.name: {name} has no chat template; set model.chat_template to one or pick a chat model")
+    return tokenizer
+
+
+def example_turns(prompts: PromptsConfig) -> list[dict[str, str]]:
+    """The worked examples as turns of the chat."""
+    turns = [(("user", example.input), ("assistant", example.output)) for example in prompts.examples]
+    return [{"role": role, "content": text} for pair in turns for role, text in pair]
+
+
+def chat_text(tokenizer: Any, config: Config, turns: list[dict[str, str]]) -> str:
+    """The chat template's text of system prompt + worked examples + `turns`, open for the assistant to write.
+
+    The examples stand there verbatim, also where the template cuts the reasoning out of earlier turns: the template
+    renders a marker in the place of each of their texts. Raises UserError for a part that it does not render."""
+    prompts, name = config.prompts, config.model.name
+    system = [{"role": "system", "content": prompts.system}] if prompts.system else []
+    worked = example_turns(prompts)
+    texts = {f"WORKEDEXAMPLETURN{number}STANDSHERE": turn["content"] for number, turn in enumerate(worked)}
+    marked = [turn | {"content": marker} for turn, marker in zip(worked, texts, strict=True)]
+    try:
+        text = tokenizer.apply_chat_template(
+            system + marked + turns, tokenize=False, add_generation_prompt=True, **config.model.chat_template_kwargs
+        )
+    except Exception as error:  # templates raise what they like
+        at_fault = "prompts.system" if system and "system" in str(error).lower() else "model.chat_template"
+        raise UserError(f"{at_fault}: the chat template of {name} refuses it: {first_line(error)}") from None
+    if prompts.system.strip() not in text:
+        raise UserError(f"prompts.system: the chat template of {name} does not render it; put it into the problems")
+    if any(text.count(marker) != 1 for marker in texts):
+        raise UserError(
+            f"prompts.examples: the chat template of {name} does not render them; put them into prompts.system"
+        )
+    return re.sub("|".join(texts), lambda marker: texts[marker[0]], text) if texts else text
+
+
+def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
+    """The token ids that stand between attempt 1's last token and attempt 2's first, and the think tag if left open.
+
+    The attempt-2 prompt is attempt-1 prompt + attempt 1 verbatim + bridge. Rendering the conversation through the
+    template instead would cut the reasoning out of attempt 1 where the template strips <think> from history (Qwen3),
+    and would tokenise anew what the policy sampled. So the template renders a marker, and what follows it is the
+    bridge. Fills in the budgets that the config leaves open. Raises UserError."""
+    marker, train = "FIRSTATTEMPTSTANDSHERE", config.train
+    turns = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": marker},
+        {"role": "user", "content": config.prompts.self_correction},
+    ]
+    text = chat_text(tokenizer, config, turns)
+    if text.count(marker) != 1:
+        raise UserError("model.chat_template: does not render an earlier assistant turn exactly once")
+    tail = text[text.index(marker) + len(marker) :]
+    if config.prompts.self_correction.strip() not in tail:
+        raise UserError("model.chat_template: does not render the user's second turn (prompts.self_correction)")
+    bridge = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    need = train.max_prompt_length_attempt1 + train.max_new_tokens_attempt1 + len(bridge)
+    if (train.max_prompt_length_attempt2 or math.inf) < need:
+        raise UserError(f"train.max_prompt_length_attempt2: must be {need} or more to hold attempt 1; leave it out")
+    train.max_prompt_length_attempt2 = train.max_prompt_length_attempt2 or need
+    longest = train.max_prompt_length_attempt2 + train.max_new_tokens_attempt2
+    if (config.model.max_seq_length or math.inf) < longest:
+        raise UserError(f"model.max_seq_length: a conversation can take {longest} tokens; leave it out")
+    config.model.max_seq_length = config.model.max_seq_length or longest
+    return bridge, "<think>" if tail.rstrip().endswith("<think>") else ""
+
+
+def load_examples(
+    config: Config, tokenizer: Any, smoke: int | None = None
+) -> tuple[list[Example], list[Example], list[Example]]:
+    """Train, validation and test examples. A test row is never trained on, nor is a validation row. Raises UserError.
+
+    Which rows are held out depends on the rows alone, not on the seed or their order."""
+    wanted = config.dataset
+    splits = load_splits(wanted)
+    if wanted.split:
+        if wanted.split not in splits:
+            raise UserError(f"dataset.split: {wanted.name} has no split {wanted.split!r}; it has {', '.join(splits)}")
+        rows = read_rows(splits[wanted.split], wanted.split, config)
+        train, test = hold_out(rows, wanted.test_split_size, "dataset.test_split_size")
+    else:
+        for split in ("train", "test"):
+            if split not in splits:
+                there = f"it has {', '.join(splits)}; set dataset.split to one and dataset.test_split_size"
+                raise UserError(f"dataset.name: {wanted.name} has no {split} split; {there}")
+        train, test = read_rows(splits["train"], "train", config), read_rows(splits["test"], "test", config)
+    asked = {plain(row[0]) for row in test}
+    kept = [row for row in train if plain(row[0]) not in asked]
+    if len(kept) < len(train):
+        log(f"Warning: {len(train) - len(kept)} train rows are also test rows; they are not trained on.")
+    if not kept:
+        raise UserError(f"dataset.name: every train row of {wanted.name} is also a test row; nothing is left to learn")
+    train, validation = hold_out(kept, config.eval.validation, "eval.validation")
+    test = test[: wanted.test_split_size]
+    train, test = encode_rows(train, "train", config, tokenizer), encode_rows(test, "test", config, tokenizer)
+    validation = encode_rows(validation, "validation", config, tokenizer) if validation else []
+    return train[:smoke], validation, test[: config.eval.max_examples]
+
+
+def plain(question: str) -> str:
+    """A question without what does not tell it from another: white space."""
+    return " ".join(question.split())
+
+
+def hold_out(rows: list[tuple], count: int, name: str) -> tuple[list[tuple], list[tuple]]:
+    """The rows to keep and `count` others, chosen by the hash of the question, so that a question is on one side."""
+    by_hash = sorted(rows, key=lambda row: hashlib.sha256(plain(row[0]).encode(errors="replace")).digest())
+    asked = {plain(row[0]) for row in by_hash[:count]}
+    sides = [], []
+    for row in rows:
+        sides[plain(row[0]) in asked].append(row)
+    if not sides[0]:
+        raise UserError(f"{name}: {count} leaves nothing of {len(rows)} rows to train on; lower it")
+    return sides
+
+
+def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
+    """The dataset's splits by name, from a file, a folder (of files, or one of save_to_disk) or the hub."""
+    place = path = Path(wanted.name, wanted.config_name or "")
+    path = path if os.path.isdir(path) else Path(wanted.name)
+    readers = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+    try:
+        if path.is_dir() and any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+            loaded = datasets.load_from_disk(str(path))
+        elif path.is_file() and path.suffix in readers:
+            loaded = datasets.load_dataset(readers[path.suffix], data_files={"train": str(path)})
+        elif path.is_dir():
+            loaded = {}
+            for split, (reader, files) in (split_files(path, readers) or split_files(path / "data", readers)).items():
+                place = ", ".join(files)
+                loaded[split] = datasets.load_dataset(reader, data_files=files, split="train")
+        else:
+            loaded = datasets.load_dataset(wanted.name, wanted.config_name, revision=wanted.revision)
+        loaded = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+        for split, rows in loaded.items():
+            place = f"{wanted.name} ({split})"
+            rows.data.validate(full=True)  # the reader of JSON lets text pass that is not UTF-8
+    except Exception as error:  # one class a library, a network and a file format
+        cause = error.__cause__ or error
+        reason = "it is empty" if isinstance(cause, StopIteration) else first_line(cause)
+        raise UserError(f"dataset.name: cannot load {place}: {reason}") from None
+    if not loaded:
+        raise UserError(f"dataset.name: {path} holds no train/test .jsonl, .parquet, .csv files")
+    return loaded
+
+
+def split_files(folder: Path, readers: dict[str, str]) -> dict[str, tuple[str, list[str]]]:
+    """The reader and the files of each split in a folder; the hub's parquet files are called train-00000-of-00001."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for suffix, reader in readers.items():
+        for file in sorted(folder.glob(f"*{suffix}")):
+            split = file.stem.split("-")[0]
+            if suffix != ".json" or split in ("train", "test"):
+                found.setdefault(split, (reader, []))[1].append(str(file))
+    return found
+
+
+def read_rows(rows: Any, split: str, config: Config) -> list[tuple[str, str, dict[str, Any]]]:
+    """(question, target, columns for rewards) of each row. Faulty rows are left out with a count. Raises UserError."""
+    wanted, reward = config.dataset, config.reward
+    for name in ("input_field", "target_field"):
+        column = getattr(wanted, name)
+        if column not in rows.column_names:
+            close = did_you_mean(column, rows.column_names)
+            there = f"{wanted.name} ({split}); it has {', '.join(rows.column_names)}{close}"
+            raise UserError(f"dataset.{name}: no column {column!r} in {there}")
+    extract, kept, faults = answer_reader(reward.answer_extractor, reward.match), {}, []
+    for number, (question, target) in enumerate(zip(rows[wanted.input_field], rows[wanted.target_field], strict=True)):
+        target = as_text(target, f"row {number} of {split} in {wanted.name}")
+        if fault := row_fault(question, target, extract):
+            faults.append(fault.format(f"row {number} of {split} in {wanted.name}"))
+        else:
+            kept[number] = (question, target)
+    if 2 * len(faults) > len(rows):
+        raise UserError(f"{faults[0]} ({len(faults)} of {len(rows)} rows have a fault)")
+    if faults:
+        log(f"Warning: {len(faults)} of {len(rows)} {split} rows are faulty and left out; the first: {faults[0]}.")
+    if not kept:
+        raise UserError(f"dataset.name: {wanted.name} has no {split} rows")
+    if not rewards.trl_names(reward.names):
+        return [(*pair, {}) for pair in kept.values()]
+    targets, chosen = [target for _, target in kept.values()], list(rows.select(kept))
+    try:
+        columns = rewards.trl_columns(chosen, targets, reward.names, reward.module, reward.columns, extract)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return [(*pair, named) for pair, named in zip(kept.values(), columns, strict=True)]
+
+
+def as_text(target: Any, row: str) -> Any:
+    """A target that a file's reader took for a number or a date, as text. Raises UserError where it lost digits."""
+    if isinstance(target, float) and abs(target) >= 2**53:
+        raise UserError(f"dataset.target_field: {row} is a number too large to be read exactly; write it as text")
+    if isinstance(target, datetime | date):
+        return target.isoformat().removesuffix("T00:00:00")
+    if isinstance(target, int | float) and not isinstance(target, bool) and target == target:
+        return str(target)
+    return target
+
+
+def row_fault(question: Any, target: Any, extract: Any) -> str | None:
+    """What is wrong with a row, and the fix; None if nothing is. "{}" stands for the row's name."""
+    for name, text in (("input_field", question), ("target_field", target)):
+        if not isinstance(text, str):
+            what = "null" if text is None else f"a {type(text).__name__}" if text == text else "NaN"
+            return f"dataset.{name}: {{}} is {what}, not text; mend or remove the row"
+        if not text.strip():
+            return f"dataset.{name}: {{}} is empty; mend or remove the row"
+    if not rewards.is_correct(target, target, extract):
+        others = [name for name in rewards.extractors_that_read(target) if name != extract.name]
+        instead = f"; {', '.join(others)} would" * bool(others)
+        shown = repr(target[-60:]).replace("{", "{{").replace("}", "}}")
+        return f"dataset.target_field: {{}}: {extract.name} finds no answer in {shown}{instead}"
+    return None
+
+
+def encode_rows(rows: list[tuple], split: str, config: Config, tokenizer: Any) -> list[Example]:
+    """Builds the attempt-1 prompts. A prompt over budget is left out with a count, never cut. Raises UserError."""
+    limit = config.train.max_prompt_length_attempt1
+    texts = [chat_text(tokenizer, config, [{"role": "user", "content": question}]) for question, *_ in rows]
+    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    examples = [
+        Example(question, target, prompt, columns)
+        for (question, target, columns), prompt in zip(rows, prompts, strict=True)
+        if len(prompt) <= limit
+    ]
+    if not examples:
+        shortest = min(map(len, prompts))
+        raise UserError(
+            f"train.max_prompt_length_attempt1: the shortest {split} prompt has {shortest} tokens; raise it"
+        )
+    if len(examples) < len(rows):
+        out = f"{len(rows) - len(examples)} of {len(rows)} {split} prompts (longest: {max(map(len, prompts))} tokens)"
+        log(f"Warning: {out} are over train.max_prompt_length_attempt1 = {limit} and are left out.")
+    return examples
+
+
+def fingerprints(
+    train: list[Example], validation: list[Example], test: list[Example], bridge: list[int], config: Config
+) -> dict[str, str]:
+    """What a resumed run must find as it was beside the config: rows as prompts, the turns between, the rewards."""
+
+    def mark(thing: Any) -> str:
+        return hashlib.sha256(json.dumps(thing, default=str).encode()).hexdigest()[:16]
+
+    module = Path(config.reward.module).read_bytes() if config.reward.module else b""
+    rows = [[[row.prompt, row.target, row.columns] for row in part] for part in (train, validation, test)]
+    code = hashlib.sha256(module).hexdigest()[:16]
+    return {"rows": mark(rows), "rendered prompts.self_correction": mark(bridge), "code of reward.module": code}
+
+
+def stage_batches(stage: int, examples: int, config: Config) -> list[list[int]]:
+    """The batches of a whole stage as row indices: a seeded shuffle each epoch, leftovers (under a batch) left out.
+
+    A function of its arguments alone, so a resumed run finds its place by the step's number. Raises UserError."""
+    train = config.train
+    problems, epochs = getattr(train, f"stage{stage}_batch_size"), getattr(train, f"stage{stage}_epochs")
+    size, steps = problems * train.oversample, getattr(train, f"stage{stage}_steps")
+    if not stage_is_on(train, stage):
+        return []
+    if examples < size:
+        asked = f"{problems} x train.oversample {train.oversample}"
+        raise UserError(f"train.stage{stage}_batch_size: {asked} is more than the {examples} train examples; lower it")
+    per_epoch = examples // size
+    steps = round(epochs * per_epoch) if steps is None else steps
+    if not steps:
+        raise UserError(
+            f"train.stage{stage}_epochs: {epochs} is less than one step; raise it, or set 0 to skip the stage"
+        )
+    batches = []
+    for epoch in range(-(-steps // per_epoch)):
+        order = list(range(examples))
+        random.Random(f"{train.seed}/stage{stage}/{epoch}").shuffle(order)
+        batches += [order[i * size : (i + 1) * size] for i in range(per_epoch)]
+    return batches[:steps]
 
 
 # ------------------------------------------------------------------------------------------------------------ model
@@ -288,14 +953,13 @@ class Policy:
     tokenizer: Any
     eos_token_ids: list[int]
     pad_token_id: int
-    think_prefix: str  # "<think>" where the chat template itself opens the tag, so that rewards see the pair
     bridge: list[int]  # what the chat template puts between attempt 1 and attempt 2: turn ends, instruction
+    think_prefix: str  # "<think>" where the chat template itself opens the tag, so that rewards see the pair
     for_generation: Callable[[], Any]
     for_training: Callable[[], Any]
-    decoder: Decoder | None = None
-    engine: Callable | None = None  # vLLM's, in the decoder's place
-    micro_tokens: int = 0  # the update's tokens per micro-batch, pads included; an out-of-memory halves it
-    recompute: Callable[[], Any] | None = None  # gradient checkpointing on, where `auto` has left it off
+    micro_tokens: int  # tokens of a micro-batch of the update, pads included; an out-of-memory halves it
+    recompute: Callable[[], Any] | None = None  # switches gradient checkpointing on, where `auto` has left it off
+    sampler: Any = None
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
@@ -313,24 +977,13 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
     Both paths give the same model: bf16 (float32 on the CPU), the same LoRA settings, float32 LoRA weights. `adapter`
     holds LoRA weights to start from. Raises UserError for a model or an adapter that does not fit."""
     bridge, think_prefix = attempt2_bridge(tokenizer, config)
+    name, auto = config.model.name, config.model.gradient_checkpointing == "auto"
     use_unsloth = DEVICE.type != "cpu" if use_unsloth is None else use_unsloth
-    if config.model.fast_inference and (not use_unsloth or PROCESSES.num_processes > 1):
-        raise UserError("model.fast_inference: vLLM serves one process with a GPU; set it to false")
-    name, dtype = config.model.name, torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
-    torch.manual_seed(config.train.seed)  # LoRA's A matrices
-    try:
-        load = load_with_unsloth if use_unsloth else load_with_transformers
-        model, for_generation, for_training = load(config, dtype)
-    except torch.OutOfMemoryError:
-        raise UserError(f"model.name: {name} does not fit in GPU memory; set model.load_in_4bit: true") from None
-    except UserError:
-        raise
-    except Exception as error:  # an odd config.json raises what it likes
-        raise UserError(f"model.name: {name} cannot be loaded: {first_line(error)}") from None
+    model, for_generation, for_training = load_model(config, use_unsloth)
     if max(bridge, default=0) >= model.get_input_embeddings().weight.shape[0]:
         raise UserError(f"model.name: the tokenizer of {name} has tokens that its model lacks: it is another model's")
     # A model's own generation_config (top_k, top_p, repetition penalty) would sample from another policy than the one
-    # whose log-probs are trained: keep its token ids and nothing else.
+    # whose log-probs are trained. Only its token ids are kept.
     eos = eos_ids(model, tokenizer, name)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
     model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=pad)
@@ -341,47 +994,50 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
     if adapter:
         load_adapter(model, adapter)
     if DEVICE.type == "cpu" and model.num_parameters() < 2**24:
-        torch.set_num_threads(1)  # matrices this small keep threads waiting for one another, worse beside another job
-    auto = config.model.gradient_checkpointing == "auto"
-    checkpointing = True if auto else config.model.gradient_checkpointing
+        torch.set_num_threads(1)  # matrices this small keep threads waiting for one another
     longest = config.train.max_prompt_length_attempt2 + config.train.max_new_tokens_attempt2
-    policy = Policy(
-        model,
-        tokenizer,
-        eos,
-        pad,
-        think_prefix,
-        bridge,
-        for_generation,
-        partial(for_training, use_gradient_checkpointing=checkpointing),
-        micro_tokens=config.train.micro_batch_size * longest,
-    )
+    checkpointing = partial(for_training, True if auto else config.model.gradient_checkpointing)
+    micro_tokens = config.train.micro_batch_size * longest
+    policy = Policy(model, tokenizer, eos, pad, bridge, think_prefix, for_generation, checkpointing, micro_tokens)
     policy.for_training()
     check_log_prob_route(policy)
-    choose_sampler(policy, config, longest)
+    policy.sampler = make_sampler(policy, config.model.fast_inference, name)
     if auto:
-        keep_activations_if_they_fit(policy, for_training, longest)
+        keep_activations_if_they_fit(policy, partial(for_training, False), longest)
     return policy
 
 
+def load_model(config: Config, use_unsloth: bool) -> tuple[Any, Callable, Callable]:
+    """The PEFT model, the switch to generation, and the one to training, which is told about gradient checkpointing."""
+    dtype, name = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16, config.model.name
+    torch.manual_seed(config.train.seed)  # LoRA's A matrices
+    try:
+        return (load_with_unsloth if use_unsloth else load_with_transformers)(config, dtype)
+    except torch.OutOfMemoryError:
+        raise UserError(f"model.name: {name} does not fit in GPU memory; set model.load_in_4bit: true") from None
+    except UserError:
+        raise
+    except Exception as error:  # an odd config.json raises what it likes
+        raise UserError(f"model.name: {name} cannot be loaded: {first_line(error)}") from None
+
+
+def lora_settings(config: Config) -> dict[str, Any]:
+    lora = config.model.lora
+    return {
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "bias": "none",
+        "target_modules": lora.target_modules,
+    }
+
+
 def load_with_unsloth(config: Config, dtype: torch.dtype) -> tuple[Any, Callable, Callable]:
-    """The PEFT model, the switch to generation and the one to training, which is told about gradient checkpointing;
-    with vLLM inside if asked for."""
     from unsloth import FastLanguageModel
 
-    wanted, more = config.model, {}
-    checkpointing = True if wanted.gradient_checkpointing == "auto" else wanted.gradient_checkpointing
-    if PROCESSES.num_processes > 1:
-        more["device_map"] = {"": PROCESSES.local_process_index}
-    if wanted.fast_inference:  # vLLM knows ranks that are powers of two
-        more |= dict(
-            fast_inference=True,
-            gpu_memory_utilization=wanted.fast_inference_gpu_mem,
-            max_lora_rank=max(8, 1 << (wanted.lora.r - 1).bit_length()),
-        )
-    heard = BANNERS.tell()
-    # vLLM draws progress bars; its log has had the real stderr since Unsloth imported it.
-    with redirect_stdout(BANNERS), redirect_stderr(BANNERS) if wanted.fast_inference else nullcontext():
+    wanted = config.model
+    checkpointing = wanted.gradient_checkpointing in ("auto", True)
+    with redirect_stdout(io.StringIO()):  # banners
         model, _ = FastLanguageModel.from_pretrained(
             wanted.name,
             max_seq_length=wanted.max_seq_length,
@@ -389,16 +1045,15 @@ def load_with_unsloth(config: Config, dtype: torch.dtype) -> tuple[Any, Callable
             use_exact_model_name=True,
             load_in_4bit=wanted.load_in_4bit,
             trust_remote_code=wanted.trust_remote_code,
-            **more,
         )
         model = FastLanguageModel.get_peft_model(
             model, **lora_settings(config), use_gradient_checkpointing=checkpointing, random_state=config.train.seed
         )
-    BANNERS.seek(heard)
-    for line in BANNERS:  # among them one that matters now and then
-        if re.search("disabling|cannot|will switch|defaulting", line, re.IGNORECASE):
-            say(line.strip())
-    return model, partial(FastLanguageModel.for_inference, model), partial(FastLanguageModel.for_training, model)
+
+    def for_training(use_gradient_checkpointing: bool) -> None:
+        FastLanguageModel.for_training(model, use_gradient_checkpointing=use_gradient_checkpointing)
+
+    return model, partial(FastLanguageModel.for_inference, model), for_training
 
 
 def load_with_transformers(config: Config, dtype: torch.dtype) -> tuple[Any, Callable, Callable]:
@@ -406,8 +1061,8 @@ def load_with_transformers(config: Config, dtype: torch.dtype) -> tuple[Any, Cal
     wanted = config.model
     if wanted.load_in_4bit and DEVICE.type == "cpu":
         raise UserError("model.load_in_4bit: needs a GPU; set it to false on a CPU")
-    nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    base, found = transformers.AutoModelForCausalLM.from_pretrained(
         wanted.name,
         dtype=dtype,
         trust_remote_code=wanted.trust_remote_code,
@@ -416,14 +1071,17 @@ def load_with_transformers(config: Config, dtype: torch.dtype) -> tuple[Any, Cal
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # what is not loaded would be left random
     )
-    if odd := sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]):
+    if odd := sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]):
         raise ValueError(f"its weights do not fit its config.json: {odd[0]} lacks or has another shape")
-    for target in wanted.lora.target_modules:
-        if not any(f".{module}".endswith(f".{target}") for module, _ in model.named_modules()):
-            raise UserError(f"model.lora.target_modules: {wanted.name} has no {target}; leave it out or correct it")
-    base, model = model, get_peft_model(model, PeftLoraConfig(**lora_settings(config), task_type="CAUSAL_LM"))
+    layers = [f".{name}" for name, _ in base.named_modules()]
+    missing = [t for t in wanted.lora.target_modules if not any(name.endswith(f".{t}") for name in layers)]
+    if missing:
+        there = {n.rpartition(".")[2] for n, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+        there = ", ".join(sorted(there - {"lm_head"}))
+        raise UserError(f"model.lora.target_modules: {wanted.name} has no {', '.join(missing)}; it has {there}")
+    model = get_peft_model(base, PeftLoraConfig(**lora_settings(config), task_type="CAUSAL_LM"))
 
-    def for_training(use_gradient_checkpointing: bool | str) -> None:
+    def for_training(use_gradient_checkpointing: bool) -> None:
         model.train()
         if use_gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -433,1099 +1091,81 @@ def load_with_transformers(config: Config, dtype: torch.dtype) -> tuple[Any, Cal
     return model, model.eval, for_training
 
 
-def lora_settings(config: Config) -> dict[str, Any]:
-    lora = config.model.lora
-    return dict(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias="none", target_modules=lora.target_modules
-    )
-
-
-# ------------------------------------------------------------------------------------------------------------- data
-
-
-@dataclass
-class Example:
-    """One problem: its text, its reference answer ("": none is known), and the token ids of the attempt-1 prompt."""
-
-    question: str
-    target: str
-    prompt: list[int]
-    columns: dict[str, Any] = field(default_factory=dict)  # what rewards in TRL's form get by name
-
-
-def load_examples(config: Config, tokenizer: Any) -> tuple[list[Example], list[Example]]:
-    """Train and test examples. A test row is never trained on. Raises UserError."""
-    wanted = config.dataset
-    splits = load_splits(wanted)
-    if wanted.split:
-        if wanted.split not in splits:
-            raise UserError(f"dataset.split: {wanted.name} has no split {wanted.split!r}; it has {', '.join(splits)}")
-        if len(splits[wanted.split]) <= wanted.test_split_size:
-            raise UserError(
-                f"dataset.test_split_size: {wanted.test_split_size} leaves nothing to train on: "
-                f"{wanted.split} has {len(splits[wanted.split])} rows"
-            )
-        parts = splits[wanted.split].train_test_split(test_size=wanted.test_split_size, seed=config.train.seed)
-        train, test = parts["train"], parts["test"]
-    else:
-        for split in ("train", "test"):
-            if split not in splits:
-                raise UserError(
-                    f"dataset.name: {wanted.name} has no {split} split; it has {', '.join(splits)}. "
-                    "Set dataset.split to one of them and dataset.test_split_size to hold rows out"
-                )
-        train, test = splits["train"], splits["test"]
-    train, test = read_rows(train, "train", config), read_rows(test, "test", config)
-    seen = {row[0] for row in test}
-    kept, test = [row for row in train if row[0] not in seen], test[: wanted.test_split_size]
-    if len(kept) < len(train):
-        say(f"Warning: {len(train) - len(kept)} train rows are also test rows; they are not trained on.")
-    if not kept:
-        raise UserError(f"dataset.name: every train row of {wanted.name} is also a test row; nothing is left to learn")
-    return tuple(encode_rows(rows, split, config, tokenizer) for rows, split in ((kept, "train"), (test, "test")))
-
-
-def encode_rows(rows: list[tuple], split: str, config: Config, tokenizer: Any) -> list[Example]:
-    """Builds the attempt-1 prompts; a prompt over budget is dropped with a count, never cut."""
-    limit = config.train.max_prompt_length_attempt1
-    texts = [chat_text(tokenizer, config, [{"role": "user", "content": question}]) for question, *_ in rows]
-    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    examples = [
-        Example(question, target, prompt, *columns)
-        for (question, target, *columns), prompt in zip(rows, prompts, strict=True)
-        if len(prompt) <= limit
-    ]
-    if not examples:
-        raise UserError(
-            f"train.max_prompt_length_attempt1: all {len(rows)} {split} prompts are longer than {limit} "
-            f"tokens; the shortest has {min(map(len, prompts))}"
-        )
-    if len(examples) < len(rows):
-        say(
-            f"Warning: {len(rows) - len(examples)} of {len(rows)} {split} prompts are over "
-            f"train.max_prompt_length_attempt1 = {limit} tokens and are left out (longest: {max(map(len, prompts))})."
-        )
-    return examples
-
-
-def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
-    """The token ids that stand between attempt 1's last token and attempt 2's first, and the think tag if open.
-
-    The attempt-2 prompt is attempt-1 prompt + attempt 1 verbatim + bridge. Rendering the conversation through the
-    template instead would cut the reasoning out of attempt 1 where the template strips <think> from history (Qwen3),
-    and re-tokenise what the policy sampled. So a marker is rendered in its place, and what follows it is the bridge."""
-    marker = "FIRSTATTEMPTSTANDSHERE"
-    turns = [
-        {"role": "user", "content": "?"},
-        {"role": "assistant", "content": marker},
-        {"role": "user", "content": config.prompts.self_correction},
-    ]
-    text = chat_text(tokenizer, config, turns)
-    if text.count(marker) != 1:
-        raise UserError("model.chat_template: does not render an earlier assistant turn exactly once")
-    tail = text[text.index(marker) + len(marker) :]
-    if config.prompts.self_correction.strip() not in tail:
-        raise UserError("model.chat_template: does not render the user's second turn (prompts.self_correction)")
-    bridge = tokenizer(tail, add_special_tokens=False)["input_ids"]
-    train = config.train
-    need = train.max_prompt_length_attempt1 + train.max_new_tokens_attempt1 + len(bridge)
-    if need > train.max_prompt_length_attempt2:
-        raise UserError(
-            f"train.max_prompt_length_attempt2: {train.max_prompt_length_attempt2} cannot hold attempt 1's "
-            f"prompt ({train.max_prompt_length_attempt1}) and completion ({train.max_new_tokens_attempt1}) "
-            f"and the instruction ({len(bridge)} tokens); set it to {need} or more"
-        )
-    more = config.eval.attempts - 2  # attempts 3, 4, ... of an evaluation see all before them
-    need += train.max_new_tokens_attempt2 + more * (train.max_new_tokens_attempt2 + len(bridge))
-    if more and need > config.model.max_seq_length:
-        raise UserError(
-            f"eval.attempts: {config.eval.attempts} attempts can take {need} tokens, model.max_seq_length "
-            f"is {config.model.max_seq_length}; raise that, or lower eval.attempts"
-        )
-    return bridge, "<think>" if tail.rstrip().endswith("<think>") else ""
-
-
-# ---------------------------------------------------------------------------------------------------------- rollout
-
-
-@dataclass
-class Attempt:
-    """One attempt at each of B rows. Lists, not padded tensors: a completion is its tokens up to and with EOS."""
-
-    prompts: list[list[int]]
-    completions: list[list[int]]
-    texts: list[str]  # what rewards see: the completion decoded, EOS removed, tags kept
-    answers: list[str]  # extracted from them, "" where there is none
-    rewards: list[float]
-    correct: list[bool]
-    flexible: list[bool]  # correct if a lenient reader looks for the answer: for diagnosis, never a reward
-    truncated: list[bool]  # the budget ended it, not EOS
-    sampled_log_probs: list[list[float]] | None  # by the decoder, under softmax(logits / T)
-    seconds: float
-
-
-def roll_out(
-    policy: Policy,
-    examples: list[Example],
-    config: Config,
-    temperature: float,
-    seed: str,
-    attempts: int = 2,
-    corrections: int = 1,
-) -> list[Attempt]:
-    """Samples the attempts at every example one after the other; returns [attempt 1, attempt 2, ...] with rewards.
-
-    A later prompt holds the attempts before it verbatim, reasoning included. With `corrections` m a first attempt
-    stands in m rows, one after the other, and is corrected in each anew. Raises RewardError.
-
-    Several processes take a share of the examples each, and all return the whole."""
-    rank, processes = PROCESSES.process_index, PROCESSES.num_processes
-    first_row, end = (number * len(examples) // processes for number in (rank, rank + 1))
-    examples, seed = examples[first_row:end], f"{seed}/process {rank}" if rank else seed
-    with policy.decoder.conversation() if policy.decoder else nullcontext():
-        prompts = [example.prompt for example in examples]
-        made = [make_attempt(policy, prompts, examples, config, temperature, f"{seed}/1")]
-        if corrections > 1:
-            repeated = [row for row in range(len(examples)) for _ in range(corrections)]
-            made, examples = [picked(made[0], repeated)], [examples[row] for row in repeated]
-        for number in range(2, attempts + 1):
-            prompts = [
-                prompt + without_eos(completion, policy) + policy.bridge
-                for prompt, completion in zip(made[-1].prompts, made[-1].completions, strict=True)
-            ]
-            made.append(make_attempt(policy, prompts, examples, config, temperature, f"{seed}/{number}", made))
-    if processes > 1:
-        made = [joined(parts, at_once=True) for parts in zip(*gather_object([made]), strict=True)]
-    return made
-
-
-def make_attempt(
-    policy: Policy,
-    prompts: list[list[int]],
-    examples: list[Example],
-    config: Config,
-    temperature: float,
-    seed: str,
-    earlier: Sequence[Attempt] = (),
-) -> Attempt:
-    """Samples and grades one attempt at every example, after `earlier` ones. Raises RewardError."""
-    start = time.perf_counter()
-    budget = config.train.max_new_tokens_attempt2 if earlier else config.train.max_new_tokens_attempt1
-    completions, log_probs = sample(policy, prompts, budget, temperature, seed)
-    without_end = [without_eos(completion, policy) for completion in completions]
-    texts = policy.tokenizer.batch_decode(without_end, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    texts = [policy.think_prefix + text for text in texts]
-    seconds = time.perf_counter() - start
-    targets, extract = [example.target for example in examples], ANSWER_EXTRACTORS[config.reward.answer_extractor]
-    named = reward_arguments(policy, prompts, completions, texts, examples, config, earlier)
-    rewards, correct = grade(texts, targets, config.reward, named)
-    truncated = [len(written) == len(completion) for written, completion in zip(without_end, completions, strict=True)]
-    answers, flexible = diagnose(texts, targets, truncated, extract)
-    return Attempt(prompts, completions, texts, answers, rewards, correct, flexible, truncated, log_probs, seconds)
-
-
-def sample(
-    policy: Policy, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: str
-) -> tuple[list[list[int]], list[list[float]] | None]:
-    """Completions of `prompts` sampled from softmax(logits / temperature) over the whole vocabulary; 0 is greedy.
-
-    Returns token ids a row, EOS included when reached, and their log-probs where the decoder gives them."""
-    if not prompts:  # more processes than rows
-        return [], [] if policy.decoder else None
-    size = rows_that_fit(policy, max(map(len, prompts)) + max_new_tokens)
-    if size < len(prompts) and policy.decoder:  # parts, if it comes to them, are prefilled whole
-        policy.decoder.forget()
-        size = rows_that_fit(policy, max(map(len, prompts)) + max_new_tokens)
-    if size < len(prompts):
-        parts = [
-            sample(policy, prompts[i : i + size], max_new_tokens, temperature, f"{seed}/{i}")
-            for i in range(0, len(prompts), size)
-        ]
-        completions, log_probs = zip(*parts, strict=True)
-        return sum(completions, []), None if log_probs[0] is None else sum(log_probs, [])
-    seed_number = random.Random(seed).getrandbits(31)
-    if policy.engine or policy.decoder:
-        generate = policy.engine or policy.decoder.generate
-        return generate(prompts, max_new_tokens, temperature, seed_number)
-    torch.manual_seed(seed_number)
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), policy.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    sampled = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
-    with generating(policy):
-        output = policy.model.generate(
-            input_ids=ids.to(DEVICE),
-            attention_mask=mask.to(DEVICE),
-            max_new_tokens=max_new_tokens,
-            eos_token_id=policy.eos_token_ids or -1,
-            pad_token_id=policy.pad_token_id,
-            **(sampled if temperature > 0 else dict(do_sample=False)),
-        )
-    return [until_eos(row, policy.eos_token_ids) for row in output[:, width:].tolist()], None
-
-
-# ------------------------------------------------------------------------------------------------ rewards looked up
-
-
-def grade(
-    texts: list[str], targets: list[str], reward: RewardConfig, named: dict[str, list] | None = None
-) -> tuple[list[float], list[bool]]:
-    """Rewards: the weighted sum of reward.fn; correctness: by the extracted answers alone. `named`: `reward_arguments`.
-
-    Without any target (a question that somebody asks, more processes than rows) there is nothing to grade by."""
-    if not any(targets):
-        return [0.0] * len(texts), [False] * len(texts)
-    extract = ANSWER_EXTRACTORS[reward.answer_extractor]
-    parts = [
-        score(name, texts, targets, extract)
-        if name in REWARD_FNS
-        else score_by_name(name, find_reward(name, reward.module), texts, named or {})
-        for name in reward.names
-    ]
-    rewards = weighted_sum(parts, reward.weights)
-    return rewards, [is_correct(text, target, extract) for text, target in zip(texts, targets, strict=True)]
-
-
-# -------------------------------------------------------------------------------------------------------- objective
-
-
-def completion_log_probs(
-    policy: Policy,
-    prompts: list[list[int]],
-    completions: list[list[int]],
-    temperature: float,
-    conversations: list[list[int]] | None = None,
-) -> torch.Tensor:
-    """log pi(token | all before it) of every completion token under softmax(logits / temperature).
-
-    Returns float32 [N], the completions' tokens one after the other, N = sum of their lengths; the first token after
-    the prompt and a final EOS are among them, the prompt is not. Each completion is a row of its own behind its prompt;
-    or, with B `conversations`, it is read from row (number mod B), which begins with its prompt, so that all attempts
-    of a conversation share one forward pass. Targets are the sampled tokens, whatever the row goes on with: what ended
-    attempt 1 need not be what stands there in attempt 2's prompt.
-
-    Rows go in right-padded: causal attention never looks ahead, so no pad is seen and no mask is needed (Unsloth drops
-    masks in training mode: a left-padded row would be silently wrong)."""
-    rows = conversations or [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=policy.pad_token_id)
-    model = policy.model.get_base_model()
-    with autocast(policy):
-        backbone = getattr(model, model.base_model_prefix)
-        hidden = backbone(input_ids=ids.to(DEVICE), use_cache=False)[0]  # [B, L, H]
-    before = [number % len(rows) * ids.shape[1] + len(prompt) - 1 for number, prompt in enumerate(prompts)]
-    index = torch.cat([torch.arange(at, at + len(c)) for at, c in zip(before, completions, strict=True)])
-    targets = torch.tensor([token for completion in completions for token in completion], device=DEVICE)
-    weight = model.get_output_embeddings().weight
-    hidden = hidden.flatten(0, 1)[index.to(DEVICE)].to(weight.dtype)  # [N, H]
-    return LinearLogProb.apply(hidden, weight, targets, temperature)
-
-
-K3_LINEAR_FROM = 10.0
-
-
-def k3(log_probs: torch.Tensor, reference_log_probs: torch.Tensor) -> torch.Tensor:
-    """Schulman's K3 estimate of KL(pi || pi_ref) a token, from samples of pi: exp(d) - d - 1, d = log pi_ref - log pi.
-
-    >= 0, and 0 where the policies agree. Past d = 10 (a token 22,000 times likelier under the reference) the
-    exponential goes on as its tangent: one such token would otherwise drown, or overflow, the whole step."""
-    d = reference_log_probs - log_probs
-    capped = d.clamp(max=K3_LINEAR_FROM)
-    # expm1: near 0, exp(d) - 1 would keep less of float32 than the estimate has; what rounding leaves below 0 is 0
-    return (capped.expm1() * (1 + (d - capped)) - capped).clamp(min=0)
-
-
-def stage_terms(stage: int, r1: torch.Tensor, r2: torch.Tensor, train: TrainConfig) -> list[tuple[torch.Tensor, float]]:
-    """What differs between the stages: for each attempt its return R [B] and its KL weight kappa.
-
-    Stage I: attempt 1 earns nothing and is held by beta2. Stage II: attempt 2 earns r2 + alpha (r2 - r1)."""
-    if stage == 1:
-        return [(torch.zeros_like(r1), train.beta2), (r2, train.beta1)]
-    return [(r1, train.beta1), (r2 + train.alpha * (r2 - r1), train.beta1)]
-
-
-def terms_of(attempts: list[Attempt], stage: int, train: TrainConfig) -> list[tuple[torch.Tensor, float]]:
-    """`stage_terms` of the rewards that the attempts have earned."""
-    return stage_terms(stage, *(torch.tensor(attempt.rewards) for attempt in attempts[:2]), train)
-
-
-def advantages(returns: torch.Tensor, train: TrainConfig, together: int | None = None) -> torch.Tensor:
-    """Returns [B] minus a baseline that does not depend on the row's own sample (`batch` nearly so), so that the
-    gradient keeps its direction and loses variance. `together` samples of one prompt (num_generations) stand one after
-    the other and are compared with each other; where there is only 1, the whole batch is."""
-    together = together or train.num_generations
-    if train.baseline == "none":
-        return returns
-    if train.baseline == "batch":
-        return returns - returns.mean()
-    groups = returns.view(-1, together) if together > 1 else returns.view(1, -1)
-    others = (groups.sum(1, keepdim=True) - groups) / (groups.shape[1] - 1)
-    return (groups - others).view(-1)
-
-
-def credits_of(terms: list[tuple[torch.Tensor, float]], train: TrainConfig, m: int) -> torch.Tensor:
-    """The advantage of every attempt [attempts, B].
-
-    With m > 1 corrections of a first attempt each is compared with the m - 1 others of the same one, all else being
-    equal; a first attempt, which stands in m rows, is compared with other first attempts by its mean return."""
-
-    def credit(returns: torch.Tensor, corrects: bool) -> torch.Tensor:
-        if corrects and m > 1:
-            return advantages(returns, train, m)
-        return advantages(returns.view(-1, m).mean(1), train, train.num_generations // m).repeat_interleave(m)
-
-    return torch.stack([credit(returns, corrects=number > 0) for number, (returns, _) in enumerate(terms)])
-
-
-def with_signal(attempts: list[Attempt], stage: int, train: TrainConfig) -> tuple[list[Attempt], float]:
-    """The rows to train on, and the share of problems without signal (dynamic sampling, DAPO).
-
-    Where all rollouts of a problem earn alike, every advantage is 0 and only the KL terms would pull. One problem in
-    `oversample` is trained, in the order of the batch; those without signal are the first to be left out."""
-    terms, rows = terms_of(attempts, stage, train), train.num_generations
-    credit = credits_of(terms, train, getattr(train, f"stage{stage}_corrections"))
-    silent = credit.view(len(terms), -1, rows).abs().amax((0, 2)) < 1e-6  # [problems]
-    kept = silent.int().argsort(stable=True)[: len(silent) // train.oversample].sort().values
-    kept = [int(problem) * rows + row for problem in kept for row in range(rows)]
-    return [picked(attempt, kept) for attempt in attempts], silent.float().mean().item()
-
-
-def accumulate_gradients(
-    policy: Policy,
-    attempts: list[Attempt],
-    terms: list[tuple[torch.Tensor, float]],
-    train: TrainConfig,
-    corrections: int = 1,
-) -> list[dict[str, float]]:
-    """Adds the gradient of
-
-        sum over attempts of  mean over rows of  [ -A * sum_t log pi_t  +  kappa * sum_t k3_t ] / N
-
-    to the parameters, a micro-batch of conversations at a time: attempt 2's row begins with attempt 1's, so one forward
-    pass of the policy, one of the reference and one backward pass serve both. `terms` holds each attempt's returns [B]
-    and kappa. A is the advantage, N the completion's own length (`sequence`) or the token budget (`constant`, Dr.
-    GRPO). With `importance_clip` C, A is weighted a token by min(pi / sampler, C): truncated importance sampling, for
-    a sampler whose probabilities are a little off. Returns each attempt's share of the loss and token statistics."""
-    budgets, last = (train.max_new_tokens_attempt1, train.max_new_tokens_attempt2), attempts[-1]
-    credits, tokens = credits_of(terms, train, corrections).tolist(), [0] * len(attempts)
-    sums = torch.zeros(len(attempts), 3, device=DEVICE)  # loss, KL, drift: read once, at the end
-    peaks = torch.zeros(len(attempts), device=DEVICE)
-    for rows in micro_batches(last, policy.micro_tokens):
-        prompts = [attempt.prompts[r] for attempt in attempts for r in rows]  # attempt by attempt
-        completions = [attempt.completions[r] for attempt in attempts for r in rows]
-        conversations = [last.prompts[r] + last.completions[r] for r in rows]
-        batch = (policy, prompts, completions, train.generation_temperature, conversations)
-        with torch.no_grad(), reference(policy):
-            reference_log_probs = completion_log_probs(*batch)
-        log_probs = completion_log_probs(*batch)  # [N]
-        lengths = torch.tensor([len(completion) for completion in completions])
-        norms = (
-            lengths
-            if train.length_norm == "sequence"
-            else torch.tensor([budget for budget in budgets[: len(attempts)] for _ in rows])
-        )
-        weights = (
-            torch.tensor([[credit[r], kappa] for credit, (_, kappa) in zip(credits, terms, strict=True) for r in rows])
-            / (len(last.texts) * norms)[:, None]
-        )
-        credit, kappa = weights.repeat_interleave(lengths, 0).to(DEVICE).unbind(1)  # [N] each
-        drift = torch.zeros_like(log_probs)
-        if last.sampled_log_probs is not None:
-            sampled = torch.tensor([p for a in attempts for r in rows for p in a.sampled_log_probs[r]], device=DEVICE)
-            drift = log_probs.detach() - sampled
-            if train.importance_clip:
-                credit = credit * drift.exp().clamp(max=train.importance_clip)
-        kl = k3(log_probs, reference_log_probs)
-        loss = kappa * kl - credit * log_probs
-        loss.sum().backward()
-        counts = lengths.view(len(attempts), -1).sum(1).tolist()
-        parts = zip(*(values.detach().split(counts) for values in (loss, kl, drift)), strict=True)
-        for number, (loss, kl, drift) in enumerate(parts):
-            sums[number] += torch.stack([loss.sum(), kl.sum(), drift.abs().sum()])
-            tokens[number] += len(loss)
-            peaks[number] = torch.maximum(peaks[number], kl.max())  # keeps a NaN
-    return [
-        dict(loss=loss, kl_sum=kl, drift_sum=drift, kl_max=peak, tokens=count)
-        for (loss, kl, drift), peak, count in zip(sums.tolist(), peaks.tolist(), tokens, strict=True)
-    ]
-
-
-def improve(
-    policy: Policy, optimizer: torch.optim.Optimizer, attempts: list[Attempt], stage: int, config: Config
-) -> dict[str, Any]:
-    """One REINFORCE step on a rolled-out batch. Returns loss, KL and gradient statistics; "skipped" is True, and the
-    weights are untouched, if loss or gradient is not finite. On-policy, so there is no importance ratio but the one
-    that `importance_clip` asks for. Attempts past those that `stage_terms` has terms for are not trained.
-
-    An out-of-memory starts the update over with half the micro-batch: nothing of the step is lost."""
-    train = config.train
-    terms, corrections = terms_of(attempts, stage, train), getattr(train, f"stage{stage}_corrections")
-    attempts = attempts[: len(terms)]
-    while True:
-        optimizer.zero_grad(set_to_none=True)
-        try:
-            stats = accumulate_gradients(policy, attempts, terms, train, corrections)
-            break
-        except torch.OutOfMemoryError:
-            last = attempts[-1]
-            longest = max(len(p) + len(c) for p, c in zip(last.prompts, last.completions, strict=True))
-            if policy.micro_tokens >= longest:
-                policy.micro_tokens //= 2
-            elif policy.recompute:
-                policy.for_training, policy.recompute = policy.recompute, None
-                policy.for_training()
-            else:
-                raise RunError(
-                    f"one row of {longest} tokens does not fit in this card's memory; lower "
-                    "train.max_new_tokens_attempt2, or set model.gradient_checkpointing or "
-                    "model.load_in_4bit"
-                ) from None
-        torch.cuda.empty_cache()
-        say(f"Out of GPU memory: the update starts over with micro-batches of {policy.micro_tokens} tokens.")
-    if PROCESSES.num_processes > 1:
-        stats = sum_over_processes(policy, stats)
-    norm = torch.nn.utils.clip_grad_norm_(policy.trainable.values(), train.max_grad_norm).item()
-    loss = sum(s["loss"] for s in stats)
-    skipped = not (math.isfinite(loss) and math.isfinite(norm))
-    if not skipped:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    kl = [s["kl_sum"] / s["tokens"] for s in stats]
-    drift = max(s["drift_sum"] / s["tokens"] for s in stats)
-    return {
-        "loss": loss,
-        "grad_norm": norm,
-        "skipped": skipped,
-        "kl_attempt1": kl[0],
-        "kl_attempt2": kl[1] if len(kl) > 1 else math.nan,
-        "kl_max": max(s["kl_max"] for s in stats),
-        "logprob_drift": drift if attempts[-1].sampled_log_probs is not None else None,
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------- a stage
-
-
-def learning_rate(step: int, steps: int, train: TrainConfig) -> float:
-    """The rate of a stage's step, 1 to `steps`: a trapezoid. Linear warm-up over `warmup_steps`, then constant, and
-    over the last share `lr_decay` of the stage linearly towards 0."""
-    rise, fall = step / max(1, train.warmup_steps), (steps + 1 - step) / max(1.0, train.lr_decay * steps)
-    return train.learning_rate * min(1.0, rise, fall)
-
-
-def train_stage(
-    policy: Policy,
-    examples: list[Example],
-    stage: int,
-    config: Config,
-    run: Run,
-    checkpoint: Path | None,
-    steps_before: int,
-    validate: Callable[[int, int], None],
-) -> None:
-    """One stage: roll out, improve, write down. Stage I and II differ in `stage_terms` alone.
-
-    `checkpoint` is a mid-stage one to go on from; `validate(stage, step)` is called after every one. Raises Interrupted
-    after saving, RunError when train.max_skipped_steps steps in a row had a loss or gradient that is not finite."""
-    train, seed = config.train, f"{config.train.seed}/stage{stage}"
-    corrections = getattr(train, f"stage{stage}_corrections")
-    firsts = train.num_generations // corrections  # of each problem
-    batches = stage_batches(stage, len(examples), config)
-    optimizer = torch.optim.AdamW(policy.trainable.values(), lr=train.learning_rate, weight_decay=0.0)
-    done = checkpoint_place(checkpoint)[1] if checkpoint else 0
-    if done:
-        load_optimizer(policy, optimizer, checkpoint / "optimizer.safetensors")
-    skipped_in_a_row, folder = 0, run.folder / f"stage{stage}"
-    state = {"stage": stage, "wandb_id": run.wandb.id if run.wandb else None, "train_rows": fingerprint(examples)}
-    bar = progress(range(done + 1, len(batches) + 1), f"Stage {'I' * stage}", initial=done, total=len(batches))
-    for step in bar:
-        rows = [examples[i] for i in batches[step - 1] for _ in range(firsts)]
-        rate = learning_rate(step, len(batches), train)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        torch.manual_seed(random.Random(f"{seed}/{step}").getrandbits(31))  # LoRA dropout, and whatever else draws
-        start = time.perf_counter()
-        attempts = roll_out(
-            policy, rows, config, train.generation_temperature, f"{seed}/{step}", corrections=corrections
-        )
-        rolled_out = time.perf_counter()
-        rows = [row for row in rows for _ in range(corrections)]
-        chosen, silent = with_signal(attempts, stage, train)
-        update = improve(policy, optimizer, chosen, stage, config) | {"without_signal": silent, "learning_rate": rate}
-        where = {"event": "train", "stage": stage, "step": step}
-        event = where | {"global_step": steps_before + step} | rollout_means(attempts, corrections)
-        event |= update | {
-            "seconds_rollout": rolled_out - start,
-            "seconds_update": time.perf_counter() - rolled_out,
-            "peak_memory_gb": torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None,
-        }
-        run.log(event, sample_rows(rows, attempts, where, most=None if update["skipped"] else 4))
-        now = STEP_LINE.format(**event)
-        bar.set_postfix_str(now)
-        if bar.disable:  # a log file: a line a step
-            say(f"Stage {'I' * stage} step {step}/{len(batches)}: {now}")
-        if step == min(5, len(batches)):
-            warn_of_budgets(run, stage, len(rows))
-        skipped_in_a_row = skipped_in_a_row + 1 if update["skipped"] else 0
-        if skipped_in_a_row >= train.max_skipped_steps:
-            raise RunError(
-                f"loss or gradient was not finite in {skipped_in_a_row} steps in a row (stage {stage}, step "
-                f"{step}); their samples are in {run.folder}/samples.jsonl; lower train.learning_rate"
-            )
-        last, stop = step == len(batches), asked_to_stop()
-        if not last and (stop or (train.checkpoint_every and step % train.checkpoint_every == 0)):
-            here = folder / f"step_{step}"
-            save_checkpoint(policy, here, state | {"step": step}, optimizer, model_card(config, run.evals(), here))
-            prune_checkpoints(folder, config.output.keep_checkpoints)
-            run.write_results()
-            say(f"Saved {here} ({now})")
-            if stop:
-                PROCESSES.wait_for_everyone()  # a launcher ends the rest when one has gone
-                raise Interrupted
-            validate(stage, step)
-    card = model_card(config, run.evals(), folder)
-    save_checkpoint(policy, folder, state | {"step": len(batches), "finished": True}, None, card)
-
-
-# ------------------------------------------------------------------------------------------------------- evaluation
-
-
-def evaluate(policy: Policy, examples: list[Example], config: Config, checkpoint: str, votes: bool = True) -> tuple:
-    """The paper's metrics on `examples`, greedily unless eval.generation_temperature says otherwise.
-
-    Returns the eval event (dict) and one sample row an example (list). "acc" is the share of correct answers, not a
-    mean reward. With eval.attempts above 2 also the accuracy of the later attempts, with `votes` and eval.samples
-    above 1 also that of majority votes."""
-    size, temperature = config.eval.batch_size, config.eval.generation_temperature
-    start, batches = time.perf_counter(), []
-    for i in progress(range(0, len(examples), size), f"evaluate {checkpoint}"):
-        stop_if_asked()
-        batches.append(
-            roll_out(
-                policy,
-                examples[i : i + size],
-                config,
-                temperature,
-                f"{config.train.seed}/eval/{i}",
-                config.eval.attempts,
-            )
-        )
-    attempts = [joined(parts) for parts in zip(*batches, strict=True)]
-    first, second, n = attempts[0], attempts[1], len(examples)
-    pairs = list(zip(first.correct, second.correct, strict=True))
-    event = (
-        {"event": "eval", "checkpoint": checkpoint, "n": n}
-        | attempt_means(attempts)
-        | {
-            "edit_distance_ratio": sum(map(edit_distance_ratio, first.completions, second.completions)) / n,
-        }
-        | intervals(np.array(pairs, dtype=float))
-    )
-    if votes and config.eval.samples > 1:
-        event |= vote(policy, examples, config)
-    event["seconds"] = time.perf_counter() - start
-    return event, sample_rows(examples, attempts, {"event": "eval", "checkpoint": checkpoint})
-
-
-def attempt_means(attempts: list[Attempt]) -> dict[str, float]:
-    """Mean reward, accuracy (strict and flexible), truncation and length of each attempt over its rows; shares of
-    rows unanswered; and `correction_split` of the first two attempts."""
-    means = {
-        f"{name}_attempt{number}": sum(values) / len(values)
-        for number, a in enumerate(attempts, 1)
-        for name, values in (
-            ("reward", a.rewards),
-            ("acc", a.correct),
-            ("flexible_acc", a.flexible),
-            ("unanswered", [kind == "unanswered" for kind in outcomes(a.correct, a.answers)]),
-            ("truncated", a.truncated),
-            ("completion_tokens", [*map(len, a.completions)]),
-        )
-    }
-    first, second = attempts[:2]
-    return means | correction_split(first.correct, first.answers, second.correct, second.answers)
-
-
-# ---------------------------------------------------------------------------------------------------------- the run
-
-
-def train_and_evaluate(args: argparse.Namespace, config: Config) -> tuple[Run, Policy]:
-    """The whole run: evaluate, Stage I, evaluate, Stage II, evaluate."""
-    run, checkpoint = open_run(args, config)
-    PROCESSES.wait_for_everyone()  # until all have read the folder
-    tokenizer = load_tokenizer(config)
-    train, test = load_examples(config, tokenizer)
-    train, validation = hold_out(train, config.eval.validation, None if args.eval_only else args.resume_adapter)
-    train = train[: args.smoke] if args.smoke else train
-    test = test[: config.eval.max_examples]
-    steps = {
-        stage: 0 if args.eval_only else len(stage_batches(stage, len(train), config, stage >= args.start_stage))
-        for stage in (1, 2)
-    }
-    state = json.loads((checkpoint / "state.json").read_text()) if checkpoint else {}
-    if state.get("train_rows", "") not in ("", fingerprint(train)):
-        raise UserError(
-            f"--resume: {checkpoint} was trained on other rows or prompts of {config.dataset.name}; put "
-            "them back, or start a new run with --set run_name=NAME"
-        )
-    adapter = checkpoint or (Path(args.resume_adapter) if args.resume_adapter else None)
-    policy = load_policy(config, tokenizer, adapter)
-    PROCESSES.wait_for_everyone()  # until all have loaded: now the folder may change
-    enter_run(args, run, checkpoint)
-    PROCESSES.wait_for_everyone()
-    start_wandb(run, state.get("wandb_id"))
-    say(
-        f"{config.run_name}: {config.model.name} on {DEVICE.type}, {len(train)} train and {len(test)} test examples, "
-        f"{steps[1] if args.start_stage == 1 else 0} + {steps[2]} steps, "
-        f"{PROCESSES.num_processes} process{'es' * (PROCESSES.num_processes > 1)}, into {run.folder}"
-    )
-
-    def record(label: str, step: int, examples: list[Example] = test, **extra: Any) -> None:
-        if {"adapter", "eval_only"} & extra.keys() or not run.has_evaluated(label):
-            event, samples = evaluate(policy, examples, config, label, votes=examples is test)
-            run.log(event | {"global_step": step} | extra, [row | extra for row in samples])
-
-    def validate(stage: int, step: int) -> None:
-        if validation and (step == steps[stage] or step % (config.train.checkpoint_every or steps[stage]) == 0):
-            record(f"stage{stage}/step_{step}", steps[1] * (stage - 1) + step, validation, held_out="validation")
-
-    if args.eval_only:
-        stage = f"stage{checkpoint_place(adapter)[0]}" if adapter and (adapter / "state.json").exists() else "adapter"
-        record(stage if adapter else "pretrain", 0, eval_only=True, adapter=str(adapter) if adapter else None)
-    else:
-        start_stage, done = checkpoint_place(checkpoint) if checkpoint else (args.start_stage, 0)
-        with reference(policy):  # an adapter to start from is not the pretrained model
-            record("pretrain", 0)
-        if args.start_stage == 2 and not checkpoint:
-            record("stage1", steps[1], adapter=args.resume_adapter)
-            start = run.folder / "stage2" / "step_0"  # for --resume
-            state = {"stage": 2, "step": 0, "train_rows": fingerprint(train)}
-            save_checkpoint(policy, start, state, None, model_card(config, run.evals(), start))
-        for stage in (1, 2):
-            before, given = steps[1] * (stage - 1), checkpoint if stage == start_stage else None
-            if stage >= start_stage and steps[stage] > (done if stage == start_stage else 0):
-                if stage == start_stage or not steps[1]:  # else Stage I has ended with this one
-                    validate(stage, done)
-                train_stage(policy, train, stage, config, run, given, before, validate)
-            if stage >= start_stage and steps[stage]:
-                validate(stage, steps[stage])
-                record(f"stage{stage}", before + steps[stage])
-    return run, policy
-
-
-# ========================================================================================== part two: the machinery
-
-# ---------------------------------------------------------------------------------------------------- light imports
-
-import copy
-import difflib
-import hashlib
-import importlib
-import importlib.metadata
-import logging
-import netrc
-import os
-import reprlib
-import shlex
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import fields
-from functools import wraps
-from types import SimpleNamespace
-from urllib.parse import urlparse
-
-import yaml
-from pydantic import ValidationError
-
-from reward_function import RewardError, majority, missing_arguments
-
-# --------------------------------------------------------------------------------------------------------- messages
-
-
-class UserError(Exception):
-    """Something the user gave is wrong: one line that names it and the mend, exit code 2."""
-
-
-class RunError(Exception):
-    """The run cannot go on: one line that says why, exit code 1."""
-
-
-QUIET = False  # --quiet
-MAIN = os.environ.get("RANK", "0") == "0"  # of several processes, the one that prints and writes
-
-
-def say(message: str, always: bool = False) -> None:
-    """Prints one line without tearing a progress bar; with --quiet only what is said `always`."""
-    if (QUIET and not always) or not MAIN:
+def eos_ids(model: Any, tokenizer: Any, name: str) -> list[int]:
+    """Every token that ends an answer: those of the generation config, of the model config and of the tokenizer."""
+    saved = None
+    with suppress(Exception):  # no generation_config.json
+        saved = transformers.GenerationConfig.from_pretrained(name).eos_token_id
+    loaded = getattr(model.generation_config, "eos_token_id", None)
+    named = (saved, loaded, model.config.eos_token_id, tokenizer.eos_token_id)
+    ids = [i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
+    if not ids:
+        raise UserError("model.name: neither the model nor its tokenizer names an EOS token")
+    return list(dict.fromkeys(ids))
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    """Copies saved LoRA weights into `model`. Raises UserError when they do not fit, or the file is damaged."""
+    saved = read_weights(folder / "adapter_model.safetensors")
+    ours = get_peft_model_state_dict(model, save_embedding_layers=False)
+    theirs, wanted = ({name: tuple(w.shape) for name, w in weights.items()} for weights in (saved, ours))
+    if theirs != wanted:
+        odd = sorted(set(theirs.items()) ^ set(wanted.items()))[0]
+        raise UserError(f"--resume-adapter {folder}: is of another base model: {odd[0]} {odd[1]} does not match")
+    set_peft_model_state_dict(model, saved)
+
+
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """A safetensors file. Raises UserError where it is damaged, or holds NaN or infinity."""
+    try:
+        weights = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: cannot be read: {first_line(error)}; give another adapter or checkpoint") from None
+    if not all(torch.isfinite(weight).all() for weight in weights.values()):
+        raise UserError(f"{file}: holds NaN or infinity; give another adapter or checkpoint")
+    return weights
+
+
+def check_log_prob_route(policy: Policy) -> None:
+    """Some architectures scale or cap their logits after the head; those would be trained on wrong log-probs. Refuse.
+
+    Compares the fused route with the model's own logits on one short row. Raises UserError."""
+    if type(policy.model.get_base_model().get_output_embeddings()) is not torch.nn.Linear:
+        raise UserError("model.lora.target_modules: the output head cannot be adapted; leave lm_head out")
+    row = [i % len(policy.tokenizer) for i in range(5, 17)]
+    with torch.no_grad(), reference(policy):  # the adapter's dropout would differ between the two
+        fused = completion_log_probs(policy, [[Turn(row[:1], row[1:])]], 1.0)
+        with autocast(policy):
+            logits = policy.model(input_ids=torch.tensor([row], device=DEVICE)).logits[0, :-1].float()
+        own = logits.log_softmax(-1).gather(-1, torch.tensor(row[1:], device=DEVICE)[:, None])[:, 0]
+    if not torch.allclose(fused, own, atol=1e-3 if DEVICE.type == "cpu" else 0.1):
+        kind = policy.model.config.model_type
+        raise UserError(f"model.name: {kind} changes its logits after the output head, which this trainer does not do")
+
+
+ENOUGH_TOKENS = 8192  # a micro-batch of as many keeps a card busy: more would take memory, and no less time
+
+
+def keep_activations_if_they_fit(policy: Policy, without: Callable, longest: int) -> None:
+    """Gradient checkpointing `auto`: computing activations twice costs time, so it is off where half of the free memory
+    holds those of a micro-batch of ENOUGH_TOKENS (and of one row of `longest`).
+
+    What a token's activations take is measured on one row. `train_step` switches it on again rather than give up."""
+    recompute, policy.for_training = policy.for_training, without
+    policy.for_training()
+    if DEVICE.type != "cuda":
         return
-    bar = sys.modules.get("tqdm")
-    (bar.tqdm.write if bar else print)(message, file=sys.stdout)
-    sys.stdout.flush()
-
-
-def on_main(function: Callable) -> Callable:
-    """Decorator for what one process does for all: elsewhere the function does nothing."""
-    return wraps(function)(lambda *args, **kwargs: function(*args, **kwargs) if MAIN else None)
-
-
-# ----------------------------------------------------------------------------------------------------- command line
-
-
-def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
-    """Reads flags and config. Raises UserError."""
-
-    def refuse(message: str) -> None:
-        raise UserError(f"{' '.join(message.split())} (--help lists the flags)")
-
-    parser = argparse.ArgumentParser(description="SCoRe: two-stage RL for self-correction on one GPU.")
-    parser.add_argument("--config", required=True, help="YAML file; configs/tiny.yaml explains every key")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.SUB=VALUE", help="override keys")
-    parser.add_argument("--smoke", type=int, metavar="N", help="train on N examples, evaluate at most N: a quick check")
-    parser.add_argument("--start-stage", type=int, choices=(1, 2), default=1, help="2 skips Stage I")
-    parser.add_argument("--resume-adapter", metavar="DIR", help="adapter to start from (needed by --start-stage 2)")
-    parser.add_argument("--resume", action="store_true", help="continue this run from its newest complete checkpoint")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate the base model, or --resume-adapter")
-    parser.add_argument("--overwrite", action="store_true", help="delete an earlier run of this name (or its Stage II)")
-    parser.add_argument("--quiet", action="store_true", help="print the final table and errors only")
-    parser.error = refuse  # argparse's own prints the usage too
-    args = parser.parse_args(argv)
-    config = read_config(args.config, args.set)
-    if args.start_stage == 2 and not (args.resume_adapter or args.resume):
-        raise UserError("--start-stage 2: needs --resume-adapter DIR, the Stage I adapter to start from")
-    if args.resume_adapter and not (args.start_stage == 2 or args.eval_only):
-        raise UserError("--resume-adapter: goes with --start-stage 2 or --eval-only; --resume continues a run")
-    if args.resume and args.eval_only:
-        raise UserError("--resume: continues a run, --eval-only trains nothing; give one of them")
-    if args.resume and args.overwrite:
-        raise UserError("--overwrite: deletes what --resume would continue; give one of them")
-    if args.smoke is not None:
-        if args.smoke < 4:
-            raise UserError(f"--smoke {args.smoke}: needs at least 4 examples, for two steps of two")
-        config = shrink_for_smoke(config, args.smoke)
-    if args.resume_adapter:
-        check_adapter(Path(args.resume_adapter), config)
-    return args, config
-
-
-def read_config(path: str, overrides: list[str] = ()) -> Config:
-    """Reads a YAML file, applies `key.sub=value` overrides and validates the result. Raises UserError."""
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    except Exception as error:  # yaml has more than its own: 2025-13-13 is a ValueError, !!bool maybe a KeyError
-        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
-    if not isinstance(raw, dict):
-        what = "empty" if raw is None else type(raw).__name__
-        raise UserError(f"--config {path}: must be a mapping of keys to values, and is {what}")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not all(key.split(".")):
-            raise UserError(f"--set {override!r}: must read key.sub=value")
-        try:
-            value = yaml.safe_load(text)
-        except Exception:
-            raise UserError(f"--set {override!r}: the value is not valid YAML") from None
-        *parents, name = key.split(".")
-        node = raw
-        for part in parents:
-            node = node.setdefault(part, {}) if isinstance(node, dict) else None
-        if not isinstance(node, dict):
-            raise UserError(f"--set {override!r}: {'.'.join(parents)!r} is not a section")
-        node[name] = value
-    return check_config(raw)
-
-
-def check_config(raw: dict[str, Any]) -> Config:
-    """Validates a whole config.
-
-    Raises UserError that lists every fault at once, one a line: also those between keys, which are looked for with
-    the faulty keys put back to their defaults (or to any text, where there is none)."""
-    lines, config, patched, reset = [], None, copy.deepcopy(raw), set()
-    for _ in range(4):  # a patch can bring up another fault: a section that was no mapping now lacks its keys
-        try:
-            config = Config.model_validate(patched)
-            break
-        except ValidationError as error:
-            lines = lines or fault_lines(error)
-            for fault in error.errors():
-                patch_key(patched, list(map(str, fault["loc"])), missing=fault["type"] == "missing")
-                reset.add(fault["loc"][-1])
-    # A fault between keys of which one was put back is not the user's.
-    lines += [line for line in (budget_faults(config) if config else []) if reset.isdisjoint(re.findall(r"\w+", line))]
-    if lines:
-        raise UserError("\n".join(lines))
-    return config
-
-
-def fault_lines(error: ValidationError) -> list[str]:
-    """One line a fault: the key, the bad value, what would be right."""
-    lines = []
-    for fault in error.errors():
-        key = ".".join(str(part) if str(part).isprintable() else repr(part) for part in fault["loc"])
-        value = f" (got {reprlib.repr(fault['input'])})" if not isinstance(fault["input"], dict) else ""
-        if fault["type"] == "extra_forbidden":
-            name = str(fault["loc"][-1])
-            home = [other for other in known_keys() if other.split(".")[-1] == name]
-            siblings = [other for other in known_keys() if other.rpartition(".")[0] == key.rpartition(".")[0]]
-            mend = f"; it belongs to {home[0]}" if home else did_you_mean(key, siblings or known_keys())
-            lines.append(f"{key}: unknown key{mend}")
-        elif fault["type"] == "missing":
-            lines.append(f"{key}: required, and not given")
-        else:
-            message = fault["msg"].removeprefix("Value error, ")
-            choices = (fault.get("ctx") or {}).get("expected", "").split("'")[1::2]
-            close = did_you_mean(reprlib.repr(fault["input"]).strip("'"), choices)
-            lines.append(f"{key}: {message[0].lower() + message[1:]}{value}{close}")
-    return list(dict.fromkeys(lines))
-
-
-def budget_faults(config: Config) -> list[str]:
-    """Faults between keys: token budgets that cannot hold, a baseline without company, a split without its test."""
-    train, faults = config.train, []
-    attempt2 = train.max_prompt_length_attempt1 + train.max_new_tokens_attempt1 + 1
-    if train.max_prompt_length_attempt2 < attempt2:
-        faults.append(
-            f"train.max_prompt_length_attempt2: {train.max_prompt_length_attempt2} cannot hold attempt 1's prompt and "
-            f"completion and the instruction (max_prompt_length_attempt1 {train.max_prompt_length_attempt1} + "
-            f"max_new_tokens_attempt1 {train.max_new_tokens_attempt1} + the instruction); raise it above {attempt2}"
-        )
-    longest = train.max_prompt_length_attempt2 + train.max_new_tokens_attempt2
-    if config.model.max_seq_length < longest:
-        faults.append(
-            f"model.max_seq_length: {config.model.max_seq_length} cannot hold train.max_prompt_length_attempt2 "
-            f"{train.max_prompt_length_attempt2} + train.max_new_tokens_attempt2 {train.max_new_tokens_attempt2}; "
-            f"set it to {longest} or more"
-        )
-    for stage in (1, 2):
-        problems, m = (getattr(train, f"stage{stage}_{key}") for key in ("batch_size", "corrections"))
-        if train.num_generations % m:
-            faults.append(
-                f"train.stage{stage}_corrections: {m} does not divide train.num_generations, which is "
-                f"{train.num_generations}"
-            )
-        elif train.baseline != "none" and train.num_generations // m * problems == 1:
-            faults.append(
-                f"train.stage{stage}_batch_size: baseline {train.baseline} needs at least 2 first attempts a step; "
-                "raise the batch or num_generations, or set train.baseline to none"
-            )
-    if train.oversample > 1 and (train.baseline != "leave_one_out" or train.num_generations == 1):
-        faults.append(
-            f"train.oversample: {train.oversample} needs rollouts of one problem to compare; raise "
-            "train.num_generations and set train.baseline to leave_one_out, or set it to 1"
-        )
-    if config.model.fast_inference and config.model.decoder != "auto":
-        faults.append(f"model.decoder: {config.model.decoder} leaves nothing to model.fast_inference; set it to auto")
-    for section in ("train", "eval") if config.model.fast_inference else ():
-        heat = getattr(config, section).generation_temperature
-        if heat and not 0.01 <= heat <= 2:
-            faults.append(f"{section}.generation_temperature: vLLM takes 0.01 to 2 and 0 (greedy), and it is {heat}")
-    if config.dataset.split and config.dataset.test_split_size is None:
-        faults.append("dataset.test_split_size: required with dataset.split: how many of its rows to hold out for test")
-    return faults
-
-
-def patch_key(tree: dict[str, Any], path: list[str], missing: bool) -> None:
-    """Removes the faulty value at `path`, or gives a missing required key a stand-in."""
-    *parents, name = path
-    for part in parents:
-        if not isinstance(tree.get(part), dict):  # the fault lies inside a list: drop the whole of it
-            tree.pop(part, None)
-            return
-        tree = tree[part]
-    if missing:
-        tree[name] = {} if name in Config.model_fields and name != "run_name" else "missing"
+    row = [i % len(policy.tokenizer) for i in range(min(1024, longest))]
+    before = torch.cuda.memory_allocated()
+    kept = completion_log_probs(policy, [[Turn(row[:1], row[1:])]], 1.0)
+    a_token = (torch.cuda.memory_allocated() - before) / len(row)
+    del kept
+    fits = int((torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - before) / 2 / a_token)
+    if fits < max(longest, min(ENOUGH_TOKENS, policy.micro_tokens)):
+        policy.for_training = recompute
+        recompute()
     else:
-        tree.pop(name, None)
-
-
-def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Every dotted key of the schema, sections included, for suggestions."""
-    keys = []
-    for name, info in section.model_fields.items():
-        nested = isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
-        keys += [prefix + name, *(known_keys(info.annotation, f"{prefix}{name}.") if nested else [])]
-    return keys
-
-
-def did_you_mean(word: str, words: Any) -> str:
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def not_registered(name: str, known: dict[str, Callable]) -> str:
-    mend = did_you_mean(name, known) or "; one of your own comes from a file that reward.module names"
-    return f"is not registered; registered are {', '.join(sorted(known))}{mend}"
-
-
-def reward_fault(name: str, module: str | None) -> str | None:
-    """Why `name` can be no reward function, so far as it shows without importing a package, which would cost seconds
-    and has to wait for Unsloth's import."""
-    own = vars(load_reward_module(Path(module))) if module else {}
-    if name in REWARD_FNS or callable(own.get(name)):
-        return None
-    if name in own:
-        return f"is no function in {module}"
-    package, dot, _ = name.partition(".")
-    if not dot or not all(part.isidentifier() for part in name.split(".")):
-        return not_registered(name, REWARD_FNS)
-    if importlib.util.find_spec(package):
-        return None
-    return f"cannot be imported: there is no package {package}; a function in a file of your own: reward.module"
-
-
-def load_reward_module(file: Path) -> Any:
-    """The module of a Python file of rewards and extractors, run once. Raises ValueError with a one-line reason."""
-    name = "rewards_of_" + re.sub(r"\W", "_", str(file.resolve()))
-    if name in sys.modules:
-        return sys.modules[name]
-    if file.suffix != ".py" or not file.is_file():
-        raise ValueError("must be a .py file that exists")
-    spec = importlib.util.spec_from_file_location(name, file)
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises
-        del sys.modules[name]
-        raise ValueError(f"cannot be run: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
-    return module
-
-
-def shrink_for_smoke(config: Config, examples: int) -> Config:
-    """Two optimizer steps a stage on a handful of examples (more where they fill more batches), with a mid-stage
-    checkpoint: every code path, quickly."""
-    config = config.model_copy(deep=True)
-    config.run_name += "-smoke"
-    batch = max(2, examples // 2 // config.train.oversample)
-    for stage in (1, 2):
-        setattr(config.train, f"stage{stage}_batch_size", min(batch, getattr(config.train, f"stage{stage}_batch_size")))
-        if getattr(config.train, f"stage{stage}_epochs") > 0:
-            setattr(config.train, f"stage{stage}_epochs", 1)
-    config.train.checkpoint_every = 1
-    config.eval.max_examples = min(examples, config.eval.max_examples or examples)
-    config.eval.validation = min(examples, config.eval.validation)
-    return config
-
-
-def check_adapter(folder: Path, config: Config) -> None:
-    """Refuses, before any model is loaded, an adapter that does not fit the config. Raises UserError."""
-    try:
-        saved = json.loads((folder / "adapter_config.json").read_text())
-    except OSError:
-        raise UserError(
-            f"--resume-adapter {folder}: no adapter_config.json there; give a folder such as outputs/NAME/stage1"
-        ) from None
-    except ValueError:
-        raise UserError(f"--resume-adapter {folder}: adapter_config.json is not valid JSON") from None
-    base, wanted, lora = str(saved.get("base_model_name_or_path")), config.model.name, config.model.lora
-    if Path(base).exists() and Path(wanted).exists() and Path(base).samefile(wanted):
-        base = wanted
-    for key, theirs, ours in (
-        ("name", base, wanted),
-        ("lora.r", saved.get("r"), lora.r),
-        ("lora.alpha", saved.get("lora_alpha"), lora.alpha),
-        ("lora.target_modules", sorted(saved.get("target_modules") or []), sorted(set(lora.target_modules))),
-    ):
-        if theirs != ours:
-            raise UserError(f"--resume-adapter {folder}: trained with model.{key} {theirs}, the config says {ours}")
-    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
-        if saved.get(key):
-            raise UserError(f"--resume-adapter {folder}: trained with {key}, which this trainer does not do")
-
-
-if __name__ == "__main__":  # a fault in the config costs a second, not the minute that the imports below may take
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() there is nothing to save
-    try:
-        ARGS, CONFIG = parse_command_line()
-    except UserError as error:
-        if MAIN:
-            print(error, file=sys.stderr)
-        sys.exit(2)
-
-
-# ---------------------------------------------------------------------------------------------------- heavy imports
-
-# Here, so that a wrong key costs a second, not the minute of these imports. Part one needs them only when it is called.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # else it tells of every kernel
-os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import warns of a coming change there
-logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)  # of 4-bit kernels
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
-
-# Unsloth runs on these accelerators, and wants to be imported before transformers and peft. Elsewhere the same code
-# runs on transformers + PEFT: load_policy decides, nothing after it asks.
-DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-DEVICE = torch.device("cpu") if DEVICE is None or DEVICE.type not in ("cuda", "xpu") else DEVICE
-BANNERS = tempfile.TemporaryFile("w+", encoding="utf-8")  # what Unsloth prints; vLLM wants a real file  # noqa: SIM115
-if DEVICE.type != "cpu":
-    with redirect_stdout(BANNERS):
-        import unsloth  # noqa: F401
-
-import datasets
-import huggingface_hub
-import transformers
-from accelerate import PartialState
-from accelerate.utils import gather_object, reduce
-from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.integrations import dequantize_module_weight
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from tqdm import tqdm
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU-only installation
-    triton = None
-
-# Started with accelerate launch or torchrun there are several processes, a device each: they share out the rows of
-# every batch, roll_out gathers the attempts, improve sums the gradients, so all stay equal. Alone this is one of one.
-PROCESSES = PartialState(cpu=DEVICE.type == "cpu")
-
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-datasets.disable_progress_bars()
-datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs an error before raising it
-
-
-# ---------------------------------------------------------------------------------------------------------- loading
-
-
-def load_tokenizer(config: Config) -> Any:
-    """The tokenizer with its chat template. Raises UserError."""
-    name = config.model.name
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=config.model.trust_remote_code)
-    except Exception as error:  # a wrong name, no network, or a damaged file: each library has its own class for it
-        place = name if os.path.isdir(name) else f"{name} (no folder here, so a hub id)"
-        raise UserError(f"model.name: no tokenizer at {place}: {first_line(error)}") from None
-    if template := config.model.chat_template:
-        try:
-            tokenizer.chat_template = template if "{" in template else Path(template).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or first_line(error)
-            raise UserError(f"model.chat_template: no Jinja template, and no file: {template!r}: {reason}") from None
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
-        raise UserError(f"model.name: {name} has no tokenizer (tokenizer.json)")
-    if not tokenizer.chat_template:
-        raise UserError(f"model.name: {name} has no chat template; set model.chat_template to one or pick a chat model")
-    return tokenizer
+        policy.recompute, policy.micro_tokens = recompute, min(policy.micro_tokens, max(longest, ENOUGH_TOKENS))
 
 
 @contextmanager
@@ -1546,434 +1186,387 @@ def autocast(policy: Policy) -> Any:
     return torch.autocast(DEVICE.type, dtype=dtype) if mixed else nullcontext()
 
 
-def choose_sampler(policy: Policy, config: Config, longest: int) -> None:
-    """vLLM if asked for, else the built-in decoder where it serves, else model.generate. `longest` is a row's tokens.
+# ---------------------------------------------------------------------------------------------------------- a stage
 
-    Raises UserError where the config asks for what cannot be."""
-    model, name = policy.model, config.model.name
-    if config.model.fast_inference:
-        if not hasattr(model, "vllm_engine"):
-            raise UserError(f"model.fast_inference: Unsloth has no vLLM engine for {name}; set it to false")
-        settings = getattr(getattr(model.vllm_engine, "llm_engine", None), "model_config", None)
-        longest = config.model.max_seq_length if config.eval.attempts > 2 else longest
-        held = getattr(settings, "max_model_len", longest)  # Unsloth lowers it where the K/V cache is small
-        if held < longest:
-            raise UserError(
-                f"model.fast_inference_gpu_mem: {config.model.fast_inference_gpu_mem} of the free memory "
-                f"holds rows of {held} tokens, and {longest} are needed; raise it"
-            )
-        policy.engine = partial(engine_samples, model, policy.eos_token_ids)
-        return
-    reason = "model.decoder is generate" if config.model.decoder == "generate" else why_not_decodable(model)
-    if not reason:
-        policy.decoder = Decoder(model, policy.eos_token_ids, policy.pad_token_id)
-        return
-    if config.model.decoder == "graph":
-        raise UserError(f"model.decoder: graph cannot serve {name}: {reason}; use auto or generate")
-    if config.train.importance_clip:
-        raise UserError(
-            f"train.importance_clip: needs the sampler's log-probs, which model.generate does not give "
-            f"({reason}); set it to null"
-        )
-    say(f"Rollouts use model.generate: {reason}.")
+MAX_SKIPPED_STEPS = 10  # in a row, until a run whose loss is not finite ends
+SILENT_STEPS = 3  # in a row, until a line says that nothing is learned
 
 
-def check_log_prob_route(policy: Policy) -> None:
-    """Some architectures scale or cap their logits after the head; those would be trained on wrong log-probs. Refuse.
+def train_stage(
+    policy: Policy,
+    examples: list[Example],
+    stage: int,
+    run: Run,
+    done: int,
+    steps: dict[int, int],
+    validate: Callable[[int, int], None],
+) -> None:
+    """One stage from its step `done` on: roll out, update, write down. The stages differ in `stage_returns` alone.
 
-    Compares the fused route with the model's own logits on one short row. Raises UserError."""
-    if type(policy.model.get_base_model().get_output_embeddings()) is not torch.nn.Linear:
-        raise UserError("model.lora.target_modules: the output head cannot be adapted; leave lm_head out")
-    row = [i % len(policy.tokenizer) for i in range(5, 17)]
-    with torch.no_grad(), reference(policy):  # the adapter's dropout would differ between the two
-        fused = completion_log_probs(policy, [row[:1]], [row[1:]], 1.0)
-        with autocast(policy):
-            logits = policy.model(input_ids=torch.tensor([row], device=DEVICE)).logits[0, :-1].float()
-        plain = logits.log_softmax(-1).gather(-1, torch.tensor(row[1:], device=DEVICE)[:, None])[:, 0]
-    if not torch.allclose(fused, plain, atol=1e-3 if DEVICE.type == "cpu" else 0.1):
-        raise UserError(
-            f"model.name: {policy.model.config.model_type} changes its logits after the output head "
-            "(scaling or soft cap), which this trainer does not do"
-        )
-
-
-ENOUGH_TOKENS = 8192  # a micro-batch of as many keeps a card busy: more would take memory, and no less time
-
-
-def keep_activations_if_they_fit(policy: Policy, for_training: Callable, longest: int) -> None:
-    """Gradient checkpointing `auto`: computing activations twice costs time, so it is off where half of the free memory
-    holds those of a micro-batch of ENOUGH_TOKENS (and of one row of `longest`).
-
-    What a token's activations take is measured on one row. `improve` switches it on again rather than give up."""
-    recompute, policy.for_training = policy.for_training, partial(for_training, use_gradient_checkpointing=False)
-    policy.for_training()
-    if DEVICE.type != "cuda":
-        return
-    row = [i % len(policy.tokenizer) for i in range(min(1024, longest))]
-    before = torch.cuda.memory_allocated()
-    kept = completion_log_probs(policy, [row[:1]], [row[1:]], 1.0)
-    a_token = (torch.cuda.memory_allocated() - before) / len(row)
-    del kept
-    fits = int((torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - before) / 2 / a_token)
-    if fits < max(longest, min(ENOUGH_TOKENS, policy.micro_tokens)):
-        policy.for_training = recompute
-        recompute()
-    else:
-        policy.recompute, policy.micro_tokens = recompute, min(policy.micro_tokens, max(longest, ENOUGH_TOKENS))
+    Calls `validate(stage, step)` after each checkpoint. Raises Interrupted after saving one, and RunError when
+    MAX_SKIPPED_STEPS steps in a row had a loss or gradient that is not finite."""
+    config, train = run.config, run.config.train
+    batches = stage_batches(stage, len(examples), config)
+    optimizer = torch.optim.AdamW(policy.trainable.values(), lr=train.learning_rate, weight_decay=0.0)
+    if done:
+        load_optimizer(policy, optimizer, run.checkpoint / "optimizer.safetensors")
+    skipped = silent = 0
+    for step in progress(range(done + 1, len(batches) + 1), f"Stage {'I' * stage}"):
+        problems = [examples[i] for i in batches[step - 1]]
+        rate = learning_rate(step, len(batches), train)
+        figures, conversations = training_step(policy, optimizer, problems, stage, step, rate, config)
+        event = {"event": "train", "stage": stage, "step": step, "global_step": steps[1] * (stage - 1) + step}
+        run.log_step(event | figures, problems, conversations, len(batches))
+        skipped, silent = (skipped + 1) * figures["skipped"], (silent + 1) * (figures["without_signal"] == 1)
+        if skipped == MAX_SKIPPED_STEPS:
+            where = f"stage {stage}, step {step}; samples are in {run.folder}/samples.jsonl"
+            raise RunError(f"no finite gradient in {skipped} steps in a row ({where}); lower train.learning_rate")
+        if silent == SILENT_STEPS:
+            log(f"Warning: all rollouts of each problem earned alike, {silent} steps in a row: nothing was learned.")
+            log('See "Format before correction" in README.md; train.num_generations may be too low.')
+        stop, last = bool(SIGNALS_SEEN), step == len(batches)
+        if last or stop or (train.checkpoint_every and step % train.checkpoint_every == 0):
+            run.save_checkpoint(policy, stage, step, None if last else optimizer)
+            if stop:
+                raise Interrupted
+            if not last:
+                validate(stage, step)
 
 
-def eos_ids(model: Any, tokenizer: Any, name: str) -> list[int]:
-    """Every token that ends an answer: those of the generation config, of the model config and of the tokenizer."""
-    saved = None
-    with suppress(Exception):  # no generation_config.json; one that vLLM's way of loading has left out
-        saved = transformers.GenerationConfig.from_pretrained(name).eos_token_id
-    loaded = getattr(model.generation_config, "eos_token_id", None)
-    named = (saved, loaded, model.config.eos_token_id, tokenizer.eos_token_id)
-    ids = [i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
-    if not ids:
-        raise UserError("model.name: neither the model nor its tokenizer names an EOS token")
-    return list(dict.fromkeys(ids))
+def learning_rate(step: int, steps: int, train: TrainConfig) -> float:
+    """The rate of a stage's step, 1 to `steps`: a trapezoid. Linear warm-up over `warmup_steps`, then constant, and
+    over the last share `lr_decay` of the stage linearly towards 0."""
+    rise, fall = step / max(1, train.warmup_steps), (steps + 1 - step) / max(1.0, train.lr_decay * steps)
+    return train.learning_rate * min(1.0, rise, fall)
 
 
-def load_adapter(model: Any, folder: Path) -> None:
-    """Copies saved LoRA weights into `model`. Raises UserError when names or shapes differ, or the file is damaged."""
-    saved = read_weights(folder / "adapter_model.safetensors")
-    ours = get_peft_model_state_dict(model, save_embedding_layers=False)
-    shapes = lambda weights: {name: tuple(tensor.shape) for name, tensor in weights.items()}  # noqa: E731
-    if shapes(saved) != shapes(ours):
-        odd = sorted(set(shapes(saved).items()) ^ set(shapes(ours).items()))[0]
-        raise UserError(f"--resume-adapter {folder}: is of another base model: {odd[0]} {odd[1]} does not match")
-    set_peft_model_state_dict(model, saved)
+def training_step(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    problems: list[Example],
+    stage: int,
+    step: int,
+    rate: float,
+    config: Config,
+) -> tuple[dict[str, Any], list[Conversation]]:
+    """One step: roll out a batch of problems, update on those with something to learn from.
+
+    Returns what metrics.jsonl says of it and all conversations."""
+    train, seed = config.train, f"{config.train.seed}/stage{stage}/{step}"
+    corrections = train.stage1_corrections if stage == 1 else 1
+    rows = [problem for problem in problems for _ in range(train.num_generations // corrections)]
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    torch.manual_seed(random.Random(seed).getrandbits(31))  # LoRA dropout, and whatever else draws
+    start = time.perf_counter()
+    conversations = roll_out(policy, rows, config, train.generation_temperature, seed, corrections)
+    rolled_out = time.perf_counter()
+    chosen, without_signal = dynamic_sampling(conversations, stage, train)
+    update = train_step(policy, optimizer, chosen, stage, train)
+    means = reports.attempt_means(conversations, config)
+    sampled = sum(len(c[0].completion) for c in conversations[::corrections])
+    sampled += sum(len(c[1].completion) for c in conversations)
+    figures = {
+        "reward_gap": means["reward_attempt2"] - means["reward_attempt1"],
+        "without_signal": without_signal,
+        "learning_rate": rate,
+        "tokens_per_second": sampled / (rolled_out - start),
+        "seconds_rollout": rolled_out - start,
+        "seconds_update": time.perf_counter() - rolled_out,
+        "peak_memory_gb": torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None,
+    }
+    return means | update | figures, conversations
 
 
-def read_weights(file: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{file}: cannot be read: {first_line(error)}; give another adapter or, to --resume from the "
-            "checkpoint before it, delete the state.json beside it"
-        ) from None
+# ---------------------------------------------------------------------------------------------------------- rollout
 
 
-def first_line(error: BaseException) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip()
-    return line[:300] + "; model.trust_remote_code: true would run it" * ("trust_remote_code" in str(error))
+@dataclass
+class Turn:
+    """One attempt at one problem. A conversation is the list of its turns; a later prompt holds the earlier turns."""
+
+    prompt: list[int]
+    completion: list[int]  # up to and with EOS
+    text: str = ""  # what rewards see: the completion decoded, EOS removed, tags kept
+    answer: str = ""  # extracted from it, "" where there is none
+    reward: float = 0.0
+    correct: bool = False
+    flexible: bool = False  # correct if a lenient reader looks for the answer: for diagnosis, never a reward
+    truncated: bool = False  # the budget ended it, not EOS
+    log_probs: list[float] = field(default_factory=list)  # the sampler's, of each token under softmax(logits / T)
 
 
-# ---------------------------------------------------------------------------------------------------- chat template
+Conversation = list[Turn]
 
 
-def example_turns(prompts: PromptsConfig) -> list[dict[str, str]]:
-    return [
-        {"role": role, "content": text}
-        for example in prompts.examples
-        for role, text in (("user", example.input), ("assistant", example.output))
-    ]
+def roll_out(
+    policy: Policy, examples: list[Example], config: Config, temperature: float, seed: str, corrections: int = 1
+) -> list[Conversation]:
+    """Samples both attempts at every example and grades them; returns the conversations. Raises RewardError.
+
+    Attempt 2's prompt holds attempt 1 verbatim, reasoning included. With `corrections` m each first attempt stands in
+    m conversations in a row and is corrected in each anew."""
+    with policy.sampler.conversation():
+        turns = take_turns(policy, [e.prompt for e in examples], examples, config, temperature, f"{seed}/1", [])
+        conversations = [[turn] for turn in turns for _ in range(corrections)]
+        examples = [example for example in examples for _ in range(corrections)]
+        prompts = [[*c[0].prompt, *without_eos(c[0].completion, policy), *policy.bridge] for c in conversations]
+        turns = take_turns(policy, prompts, examples, config, temperature, f"{seed}/2", conversations)
+    return [[*before, turn] for before, turn in zip(conversations, turns, strict=True)]
 
 
-def chat_text(tokenizer: Any, config: Config, turns: list[dict[str, str]]) -> str:
-    """The chat template's text of system prompt + worked examples + `turns`, open for the assistant to write.
-
-    The examples stand there verbatim, also where the template cuts the reasoning out of earlier turns: it renders a
-    marker in the place of each of their texts. Raises UserError."""
-    system = [{"role": "system", "content": config.prompts.system}] if config.prompts.system else []
-    worked = example_turns(config.prompts)
-    texts = {f"WORKEDEXAMPLETURN{number}STANDSHERE": turn["content"] for number, turn in enumerate(worked)}
-    marked = [turn | {"content": marker} for turn, marker in zip(worked, texts, strict=True)]
-    try:
-        text = tokenizer.apply_chat_template(
-            system + marked + turns, tokenize=False, add_generation_prompt=True, **config.model.chat_template_kwargs
-        )
-    except Exception as error:  # templates raise what they like
-        key = "prompts.system" if system and "system" in str(error).lower() else "model.chat_template"
-        raise UserError(f"{key}: the chat template of {config.model.name} refuses it: {first_line(error)}") from None
-    if any(text.count(marker) != 1 for marker in texts):
-        raise UserError(
-            f"prompts.examples: the chat template of {config.model.name} does not render each of their "
-            "turns exactly once; show the examples inside prompts.system instead"
-        )
-    return re.sub("|".join(texts), lambda marker: texts[marker[0]], text) if texts else text
-
-
-# ------------------------------------------------------------------------------------------------------------- rows
-
-
-def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
-    """The dataset's splits by name, from a file, a folder (of files, or one written by save_to_disk) or the hub."""
-    folders = (os.path.join(wanted.name, sub) for sub in (wanted.config_name, "data") if sub)  # a clone has one
-    place = path = Path(next(filter(os.path.isdir, folders), wanted.name))
-    readers = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-    try:
-        if path.is_dir() and any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
-            loaded = datasets.load_from_disk(str(path))
-        elif path.is_file() and path.suffix in readers:
-            loaded = datasets.load_dataset(readers[path.suffix], data_files={"train": str(path)})
-        elif path.is_dir():
-            loaded = {}
-            for suffix, reader in readers.items():
-                for file in sorted(path.glob(f"*{suffix}")):
-                    split = file.stem.split("-")[0]  # the hub's parquet files are called train-00000-of-00001
-                    if suffix != ".json" or split in ("train", "test", wanted.split):
-                        loaded.setdefault(split, (reader, []))[1].append(str(file))
-            for split, (reader, files) in loaded.items():
-                place = ", ".join(files)
-                loaded[split] = datasets.load_dataset(reader, data_files=files, split="train")
-        else:
-            loaded = datasets.load_dataset(wanted.name, wanted.config_name, revision=wanted.revision)
-    except Exception as error:  # one class a library, a network and a file format
-        cause = error.__cause__ or error
-        reason = "it is empty" if isinstance(cause, StopIteration) else first_line(cause)
-        raise UserError(f"dataset.name: cannot load {place}: {reason}") from None
-    if not loaded:
-        raise UserError(f"dataset.name: {path} holds no train/test .jsonl, .parquet, .csv files")
-    return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
-
-
-def read_rows(rows: Any, split: str, config: Config) -> list[tuple[str, str, dict[str, Any]]]:
-    """(question, target, columns for rewards) of each row. Raises UserError that names the column or the row."""
-    wanted, extract = config.dataset, ANSWER_EXTRACTORS[config.reward.answer_extractor]
-    for key in ("input_field", "target_field"):
-        column = getattr(wanted, key)
-        if column not in rows.column_names:
-            raise UserError(
-                f"dataset.{key}: no column {column!r} in {wanted.name} ({split}); it has "
-                f"{', '.join(rows.column_names)}{did_you_mean(column, rows.column_names)}"
-            )
-    pairs, kept, faults = [], [], []
-    for number, (question, target) in enumerate(zip(rows[wanted.input_field], rows[wanted.target_field], strict=True)):
-        if isinstance(target, (int, float)) and not isinstance(target, bool):
-            target = str(target)
-        if fault := row_fault(question, target, extract, f"row {number} of {split} in {wanted.name}", config):
-            if not wanted.skip_faulty_rows:
-                raise UserError(f"{fault}, or leave such rows out with dataset.skip_faulty_rows=true")
-            faults.append(fault)
-        else:
-            pairs.append((question, target))
-            kept.append(number)
-    if faults:
-        say(f"Warning: {len(faults)} of {len(rows)} {split} rows are faulty and left out; the first: {faults[0]}.")
-        rows = rows.select(kept)
-    if not pairs:
-        raise UserError(f"dataset.name: {wanted.name} has no {split} rows")
-    columns = reward_columns(rows, [target for _, target in pairs], split, config)
-    return [(*pair, named) for pair, named in zip(pairs, columns, strict=True)]
-
-
-def row_fault(question: Any, target: Any, extract: Callable, row: str, config: Config) -> str | None:
-    """What is wrong with a row, called `row`, and the mend; None if nothing is."""
-    for key, text in (("input_field", question), ("target_field", target)):
-        if not isinstance(text, str):
-            what = "null" if text is None else f"a {type(text).__name__}"
-            return f"dataset.{key}: {row} is {what}, not text; mend or remove the row"
-        if not text.strip():
-            return f"dataset.{key}: {row} is empty; mend or remove the row"
-    if not is_correct(target, target, extract):
-        return (
-            f"dataset.target_field: {row}: {config.reward.answer_extractor} finds no answer in {target[-60:]!r}; "
-            "mend the row or choose another reward.answer_extractor"
-        )
-    return None
-
-
-def reward_columns(rows: Any, targets: list[str], split: str, config: Config) -> list[dict[str, Any]]:
-    """What rewards in TRL's form get of each row by name: its columns, `target_answer`, and either of them by another
-    name as reward.columns says; nothing where there is no such reward. Raises UserError."""
-    reward, known = config.reward, [*rows.column_names, "target_answer"]
-    if not reward.unregistered:
-        return [{}] * len(rows)
-    for argument, column in reward.columns.items():
-        if column not in known:
-            raise UserError(
-                f"reward.columns.{argument}: no column {column!r} in {config.dataset.name} ({split}); it "
-                f"has {', '.join(known)}{did_you_mean(column, known)}"
-            )
-    given = [*known, *reward.columns, "prompts", "completions", "completion_ids"]
-    for name in reward.unregistered:
-        if missing := missing_arguments(find_reward(name, reward.module), given):
-            raise UserError(
-                f"reward.fn: {name} asks for {', '.join(missing)}, and is given {', '.join(given)}; say "
-                f"which of them it is, as in reward.columns.{missing[0]}=target_answer"
-            )
-    extract = ANSWER_EXTRACTORS[reward.answer_extractor]
-    named = ({"target_answer": extract(target)} | row for target, row in zip(targets, rows, strict=True))
-    return [row | {argument: row[column] for argument, column in reward.columns.items()} for row in named]
-
-
-def find_reward(name: str, module: str | None) -> Callable:
-    """The function in TRL's form that is called `name` in reward.module, or has it as import path. Raises UserError."""
-    package, _, attribute = name.rpartition(".")
-    try:
-        fn = getattr(importlib.import_module(package) if package else load_reward_module(Path(module)), attribute)
-    except Exception as error:  # whatever the package raises
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"reward.fn: {name} cannot be imported: {reason}") from None
-    if not callable(fn):
-        raise UserError(f"reward.fn: {name} is no function")
-    return fn
-
-
-def reward_arguments(
+def take_turns(
     policy: Policy,
     prompts: list[list[int]],
-    completions: list[list[int]],
-    texts: list[str],
     examples: list[Example],
     config: Config,
-    earlier: Sequence[Attempt],
-) -> dict[str, list]:
-    """By name, a list over rows each: what TRL gives to its reward functions. {} where no reward is of that form."""
-    if not config.reward.unregistered or not examples:
-        return {}
-    columns = {name: [example.columns.get(name) for example in examples] for name in examples[0].columns}
-    if config.reward.completions == "text":
-        shown = policy.tokenizer.batch_decode(prompts, clean_up_tokenization_spaces=False)
-        return columns | {"prompts": shown, "completions": texts, "completion_ids": completions}
-    message = lambda role, content: [{"role": role, "content": content}] if content else []  # noqa: E731
-    opening = message("system", config.prompts.system) + example_turns(config.prompts)
-    chats = [opening + message("user", example.question) for example in examples]
-    for attempt in earlier:
-        chats = [
-            chat + message("assistant", text) + message("user", config.prompts.self_correction)
-            for chat, text in zip(chats, attempt.texts, strict=True)
-        ]
-    answers = [[{"role": "assistant", "content": text}] for text in texts]
-    return columns | {"prompts": chats, "completions": answers, "completion_ids": completions}
-
-
-def hold_out(examples: list[Example], count: int, adapter: str | None = None) -> tuple[list[Example], list[Example]]:
-    """The examples to train on and `count` others for validation: chosen by the hash of the question, so that neither
-    the seed nor the order matters and a question is on one side. Warns of an `adapter` that has seen other rows."""
-    if count >= len(examples):
-        raise UserError(f"eval.validation: {count} leaves nothing of {len(examples)} train examples; lower it")
-    by_hash = lambda i: hashlib.sha256(examples[i].question.encode(errors="replace")).digest()  # noqa: E731
-    chosen = sorted(sorted(range(len(examples)), key=by_hash)[:count])
-    asked = {examples[i].question for i in chosen}
-    kept = [example for example in examples if example.question not in asked]
-    if count and adapter:
-        with suppress(OSError, ValueError, AttributeError):
-            if json.loads((Path(adapter) / "state.json").read_text()).get("train_rows") == fingerprint(kept):
-                adapter = None
-    if count and adapter:
-        say(f"Warning: {adapter} was not trained on just these train rows; it may have seen the eval.validation ones.")
-    return kept, [examples[i] for i in chosen]
-
-
-def fingerprint(examples: list[Example]) -> str:
-    """Changes with any prompt, target or their order: a resumed run goes on with the rows it began with."""
-    return hashlib.sha256(json.dumps([[e.prompt, e.target] for e in examples]).encode()).hexdigest()[:16]
-
-
-def shuffled_batches(count: int, batch_size: int, epochs: float, seed: str) -> list[list[int]]:
-    """Index batches of a whole stage: a seeded shuffle each epoch, leftovers (under a batch) left out of it.
-
-    A function of its arguments alone, so a resumed run finds its place by step number."""
-    per_epoch = count // batch_size
-    batches = []
-    for epoch in range(math.ceil(epochs)):
-        order = list(range(count))
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-        batches += [order[i * batch_size : (i + 1) * batch_size] for i in range(per_epoch)]
-    return batches[: round(epochs * per_epoch)]
-
-
-def stage_batches(stage: int, examples: int, config: Config, runs: bool = True) -> list[list[int]]:
-    """The index batches of a stage. Raises UserError, if it runs, when there are not examples enough for one."""
-    size, epochs = (getattr(config.train, f"stage{stage}_{key}") for key in ("batch_size", "epochs"))
-    more = f" x oversample {config.train.oversample}" * (config.train.oversample > 1)
-    if runs and epochs > 0 and examples < size * config.train.oversample:
-        raise UserError(
-            f"train.stage{stage}_batch_size: {size}{more} is more than the {examples} train examples; lower it"
-        )
-    size *= config.train.oversample
-    batches = shuffled_batches(examples, size, epochs, f"{config.train.seed}/stage{stage}")
-    if runs and epochs > 0 and not batches:
-        raise UserError(
-            f"train.stage{stage}_epochs: {epochs} of {examples} examples is less than one step of {size}; "
-            "raise it, or set 0 to skip the stage"
-        )
-    return batches
-
-
-# --------------------------------------------------------------------------------------------------------- sampling
-
-
-def rows_that_fit(policy: Policy, slots: int) -> int:
-    """How many rows of `slots` tokens decode together: their K/V cache and logits may take half of the free memory."""
-    if DEVICE.type != "cuda" or policy.engine:  # which queues what does not fit
-        return 2**31
-    config = policy.model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    row = 4 * config.num_hidden_layers * kv_heads * head_dim * slots + 8 * config.vocab_size  # bf16 K, V; f32 logits
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return max(1, int(free / 2 / row))
-
-
-def engine_samples(
-    model: Any, eos_token_ids: list[int], prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int
-) -> tuple[list[list[int]], list[list[float]]]:
-    """`sample` by Unsloth's vLLM engine, with the LoRA weights of this moment (none inside `reference`).
-
-    Token ids and log-probs are the engine's own: nothing is decoded and encoded again. No EOS: none ends a row. Each
-    row has a seed of its own, or rollouts of one prompt would be the same."""
-    from vllm import SamplingParams
-
-    live = not any(getattr(module, "disable_adapters", None) is True for module in model.modules())
-    folder = os.path.join(tempfile.gettempdir(), f"score-lora-{os.getpid()}")  # for the adapter's settings
-    how = [
-        SamplingParams(
-            temperature=temperature,
-            top_p=1.0,
-            top_k=-1,
-            min_p=0.0,
-            repetition_penalty=1.0,
-            seed=(seed + row) % 2**31,
-            max_tokens=max_new_tokens,
-            stop_token_ids=eos_token_ids,
-            ignore_eos=not eos_token_ids,
-            logprobs=0,
-            detokenize=False,
-        )
-        for row in range(len(prompts))
+    temperature: float,
+    seed: str,
+    earlier: list[Conversation],
+) -> list[Turn]:
+    """Samples and grades one attempt at every example, after the turns of `earlier`. Raises RewardError."""
+    budget = config.train.max_new_tokens_attempt2 if earlier else config.train.max_new_tokens_attempt1
+    share = config.model.fast_inference_gpu_mem
+    completions, log_probs = sample(policy, prompts, budget, temperature, seed, memory_share=share)
+    written = [without_eos(completion, policy) for completion in completions]
+    texts = policy.tokenizer.batch_decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    turns = [
+        Turn(prompt, completion, policy.think_prefix + text, truncated=len(tokens) == len(completion), log_probs=logs)
+        for prompt, completion, tokens, text, logs in zip(prompts, completions, written, texts, log_probs, strict=True)
     ]
-    answers = model.fast_generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts],
-        sampling_params=how,
-        use_tqdm=False,
-        lora_request=model.load_lora(folder, load_tensors=True) if live else None,
-    )
-    rows = [answer.outputs[0] for answer in answers]
-    log_probs = [
-        [found[token].logprob for token, found in zip(row.token_ids, row.logprobs, strict=True)] for row in rows
-    ]
-    return [list(row.token_ids) for row in rows], log_probs
-
-
-def picked(attempt: Attempt, rows: Sequence[int]) -> Attempt:
-    """Some rows of an attempt, or one row several times."""
-    columns = ((f.name, getattr(attempt, f.name)) for f in fields(Attempt))
-    return Attempt(**{name: [c[row] for row in rows] if isinstance(c, list) else c for name, c in columns})
-
-
-def joined(batches: Sequence[Attempt], at_once: bool = False) -> Attempt:
-    """The rows of several batches of one attempt, in order, sampled one after the other or by processes at once."""
-    columns = {f.name: [getattr(batch, f.name) for batch in batches] for f in fields(Attempt)}
-    seconds, log_probs = (max if at_once else sum)(columns.pop("seconds")), columns.pop("sampled_log_probs")
-    rows = {name: [row for part in parts for row in part] for name, parts in columns.items()}
-    return Attempt(**rows, sampled_log_probs=None if None in log_probs else sum(log_probs, []), seconds=seconds)
-
-
-def until_eos(tokens: list[int], eos_token_ids: list[int]) -> list[int]:
-    """The tokens up to and with the first EOS."""
-    return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in eos_token_ids), len(tokens))]
+    grade(turns, examples, config, earlier)
+    return turns
 
 
 def without_eos(completion: list[int], policy: Policy) -> list[int]:
     return completion[:-1] if completion[-1] in policy.eos_token_ids else completion
 
 
-# ------------------------------------------------------------------------------------------------- log-probs kernel
+def grade(turns: list[Turn], examples: list[Example], config: Config, earlier: list[Conversation]) -> None:
+    """Sets reward (the weighted sum of reward.fn), answer, correctness (by the answers alone). Raises RewardError."""
+    wanted, texts = config.reward, [turn.text for turn in turns]
+    extract, targets = answer_reader(wanted.answer_extractor, wanted.match), [example.target for example in examples]
+    named = trl_arguments(turns, examples, config, earlier) if rewards.trl_names(wanted.names) else {}
+    earned = rewards.compute_rewards(wanted.names, wanted.weights, wanted.module, texts, targets, extract, named)
+    for turn, target, reward in zip(turns, targets, earned, strict=True):
+        turn.reward = reward
+        turn.answer = rewards.given_answer(turn.text, turn.truncated, extract)
+        turn.correct = rewards.is_correct(turn.text, target, extract)
+        turn.flexible = rewards.is_flexibly_correct(turn.text, target, extract)
+
+
+def trl_arguments(
+    turns: list[Turn], examples: list[Example], config: Config, earlier: list[Conversation]
+) -> dict[str, list]:
+    """By name, a list over rows each: what TRL gives to its reward functions."""
+
+    def message(role: str, content: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": content}] if content else []
+
+    opening = message("system", config.prompts.system) + example_turns(config.prompts)
+    chats = [opening + message("user", example.question) for example in examples]
+    for number, conversation in enumerate(earlier):
+        for turn in conversation:
+            chats[number] = chats[number] + message("assistant", turn.text)
+            chats[number] += message("user", config.prompts.self_correction)
+    columns = {name: [example.columns.get(name) for example in examples] for name in examples[0].columns}
+    answers = [[{"role": "assistant", "content": turn.text}] for turn in turns]
+    return columns | {"prompts": chats, "completions": answers, "completion_ids": [turn.completion for turn in turns]}
+
+
+# -------------------------------------------------------------------------------------------------------- objective
+
+
+def stage_returns(
+    stage: int, conversations: list[Conversation], train: TrainConfig
+) -> tuple[torch.Tensor, list[float]]:
+    """What differs between the stages: the returns of attempts 1 and 2, [B, 2], and their KL weights kappa.
+
+    Stage I: attempt 1 earns nothing and is held by beta2 (Eq. 3). Stage II: attempt 2 earns r2 + alpha (r2 - r1), so
+    progress pays (Eq. 4). A bonus of your own, say on correctness alone, goes here: turns hold all that is known."""
+    r1, r2 = (torch.tensor([c[i].reward for c in conversations], dtype=torch.float64) for i in (0, 1))
+    if stage == 1:
+        return torch.stack([torch.zeros_like(r1), r2], 1), [train.beta2, train.beta1]
+    return torch.stack([r1, r2 + train.alpha * (r2 - r1)], 1), [train.beta1, train.beta1]
+
+
+def advantages(returns: torch.Tensor, stage: int, train: TrainConfig) -> torch.Tensor:
+    """Returns [B, 2] minus a baseline that does not depend on the row's own sample: the mean of the others that answer
+    the same prompt, or of the whole batch where there is only one rollout a problem.
+
+    The gradient keeps its direction and loses variance. In Stage I the m corrections of one first attempt, which stand
+    in a row, are compared with each other; the first attempt is compared with other first attempts by its mean."""
+    m = train.stage1_corrections if stage == 1 else 1
+    if train.baseline == "none":
+        return returns
+    first = minus_others(returns[:, 0].view(-1, m).mean(1), train.num_generations // m).repeat_interleave(m)
+    second = minus_others(returns[:, 1], m if m > 1 else train.num_generations)
+    return torch.stack([first, second], 1)
+
+
+def minus_others(returns: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Returns [B] minus the mean of the others in the group. Rows come in groups of `group_size` samples of one prompt;
+    where that is 1, the whole batch is the group."""
+    groups = returns.view(-1, group_size) if group_size > 1 else returns.view(1, -1)
+    others = (groups.sum(1, keepdim=True) - groups) / (groups.shape[1] - 1)
+    return (groups - others).view(-1)
+
+
+def balanced(credit: torch.Tensor, stage: int, train: TrainConfig) -> torch.Tensor:
+    """Advantages [B, 2] of Stage II brought to one scale, attempt 2's times `attempt2_weight`, where that is given.
+
+    With alpha 10 attempt 2's returns vary about six times as much as attempt 1's. Clipping and Adam leave only a step's
+    direction, so attempt 1 would hardly be trained."""
+    if stage == 1 or train.attempt2_weight is None or len(credit) == 1:  # one row has no scale
+        return credit
+    scale = credit.std(0).clamp(min=1e-6)
+    return credit / scale * torch.tensor([1.0, train.attempt2_weight], dtype=credit.dtype)
+
+
+def dynamic_sampling(
+    conversations: list[Conversation], stage: int, train: TrainConfig
+) -> tuple[list[Conversation], float]:
+    """The conversations to train on, and the share of problems without signal (DAPO, arXiv 2503.14476).
+
+    Where all rollouts of a problem earn alike, every advantage is 0 and only the KL terms would pull. One problem in
+    `oversample` is trained, in the order of the batch; those without signal are the first to be left out."""
+    returns, _ = stage_returns(stage, conversations, train)
+    of_problem = (-1, train.num_generations * returns.shape[1])
+    credit, size = (x.abs().view(of_problem).amax(1) for x in (advantages(returns, stage, train), returns))
+    silent = credit <= 1e-9 * size  # relative: rounding leaves traces of large rewards
+    kept = silent.int().argsort(stable=True)[: len(silent) // train.oversample].sort().values.tolist()
+    n = train.num_generations
+    return [c for problem in kept for c in conversations[problem * n : (problem + 1) * n]], silent.float().mean().item()
+
+
+MAX_GRAD_NORM = 1.0
+
+
+def train_step(
+    policy: Policy, optimizer: torch.optim.Optimizer, conversations: list[Conversation], stage: int, train: TrainConfig
+) -> dict[str, Any]:
+    """One REINFORCE step. Returns loss, KL and gradient statistics; "skipped" is True, and the weights are untouched,
+    if loss or gradient is not finite. It is on-policy, so there is no importance ratio.
+
+    An out-of-memory starts the update over with half the micro-batch: nothing of the step is lost."""
+    returns, kappas = stage_returns(stage, conversations, train)
+    credit = balanced(advantages(returns, stage, train), stage, train).float()
+    while True:
+        optimizer.zero_grad(set_to_none=True)
+        try:
+            stats = add_gradients(policy, conversations, credit, kappas, train)
+            break
+        except torch.OutOfMemoryError:
+            use_less_memory(policy, max(map(row_length, conversations)))
+    norm = torch.nn.utils.clip_grad_norm_(policy.trainable.values(), MAX_GRAD_NORM).item()
+    loss = sum(stats["loss"])
+    skipped = not (math.isfinite(loss) and math.isfinite(norm))
+    if not skipped:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    kl, drift = (
+        [total / count for total, count in zip(stats[x], stats["tokens"], strict=True)] for x in ("kl", "drift")
+    )
+    return {
+        "loss": loss,
+        "grad_norm": norm,
+        "skipped": skipped,
+        **{f"kl_attempt{number}": value for number, value in enumerate(kl, 1)},
+        "kl_max": max(stats["kl_max"], key=lambda value: math.inf if math.isnan(value) else value),
+        "logprob_drift": max(drift),
+    }
+
+
+def use_less_memory(policy: Policy, longest: int) -> None:
+    """After an out-of-memory: half the micro-batch, then gradient checkpointing. Raises RunError after both."""
+    if policy.micro_tokens >= longest:
+        policy.micro_tokens //= 2
+    elif policy.recompute:
+        policy.for_training, policy.recompute = policy.recompute, None
+        policy.for_training()
+    else:
+        raise RunError(f"one row of {longest} tokens does not fit in this card's memory; lower the token budgets")
+    torch.cuda.empty_cache()
+    log(f"Out of GPU memory: the update starts over with micro-batches of {policy.micro_tokens} tokens.")
+
+
+def add_gradients(
+    policy: Policy, conversations: list[Conversation], credit: torch.Tensor, kappas: list[float], train: TrainConfig
+) -> dict[str, list[float]]:
+    """Adds the gradient of
+
+        mean over conversations of  sum over turns of  [ -A * sum_t log pi_t  +  kappa * sum_t k3_t ] / N
+
+    to the parameters. credit [B, turns] holds the advantages A, kappas a weight for each turn. N is the completion's
+    own length (`sequence`) or the token budget (`constant`, Dr. GRPO, arXiv 2503.20783). Each micro-batch of
+    conversations has one forward pass of the policy, one of the reference and one backward pass for all its turns.
+
+    Returns sums over each attempt's tokens: loss, kl, drift (of the sampler's log-probs from these), tokens; kl_max."""
+    turns, budgets = credit.shape[1], torch.tensor([train.max_new_tokens_attempt1, train.max_new_tokens_attempt2])
+    sums, peaks = torch.zeros(turns, 4, device=DEVICE), [torch.zeros(1, device=DEVICE)]
+    for batch in micro_batches(conversations, policy.micro_tokens):
+        chosen = [conversations[b] for b in batch]
+        with torch.no_grad(), reference(policy):
+            reference_log_probs = completion_log_probs(policy, chosen, train.generation_temperature)
+        log_probs = completion_log_probs(policy, chosen, train.generation_temperature)  # [N]
+        lengths = torch.tensor([len(turn.completion) for c in chosen for turn in c])
+        norms = lengths if train.length_norm == "sequence" else budgets[:turns].repeat(len(chosen))
+        weights = torch.stack([credit[batch].flatten(), torch.tensor(kappas).repeat(len(chosen))])  # [2, turns of all]
+        weights = (weights / norms / len(conversations)).repeat_interleave(lengths, 1).to(DEVICE)
+        advantage, kappa = weights  # [N] each
+        kl = k3(log_probs, reference_log_probs)
+        loss = kappa * kl - advantage * log_probs
+        loss.sum().backward()
+        sampled = torch.tensor([p for c in chosen for turn in c for p in turn.log_probs], device=DEVICE)
+        drift = (log_probs.detach() - sampled).abs() if len(sampled) else torch.zeros_like(log_probs)
+        whose = torch.arange(turns).repeat(len(chosen)).repeat_interleave(lengths).to(DEVICE)
+        parts = torch.stack([loss.detach(), kl.detach(), drift.detach(), torch.ones_like(drift)], 1)
+        sums.index_add_(0, whose, parts)
+        peaks.append(kl.detach().max()[None])
+    loss, kl, drift, tokens = sums.T.tolist()
+    return {"loss": loss, "kl": kl, "drift": drift, "tokens": tokens, "kl_max": [torch.cat(peaks).max().item()]}
+
+
+def row_length(conversation: list[Turn]) -> int:
+    return len(conversation[-1].prompt) + len(conversation[-1].completion)
+
+
+def micro_batches(conversations: list[Conversation], max_tokens: int) -> list[list[int]]:
+    """Conversations by index, longest first, in groups of at most `max_tokens` tokens, pads counted
+    (and at least one conversation)."""
+    lengths, batches = list(map(row_length, conversations)), []
+    longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    for row in longest_first:
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def completion_log_probs(policy: Policy, conversations: list[Conversation], temperature: float) -> torch.Tensor:
+    """log pi(token | all before it) of every completion token under softmax(logits / temperature).
+
+    Returns float32 [N], conversation by conversation, turn by turn, N = the sum of the completions' lengths. The first
+    token after a prompt and a final EOS are among them, prompts are not. The last turn's row begins with the earlier
+    turns, so one forward pass serves all. Targets are the sampled tokens, whatever the row goes on with: what ended
+    attempt 1 need not be what stands there in attempt 2's prompt.
+
+    Rows go in right-padded: causal attention never looks ahead, so no pad is seen and no mask is needed. (Unsloth drops
+    masks in training mode: a left-padded row would be silently wrong.)"""
+    rows = [torch.tensor(c[-1].prompt + c[-1].completion) for c in conversations]
+    ids = pad_sequence(rows, batch_first=True, padding_value=policy.pad_token_id)  # [B, L]
+    model = policy.model.get_base_model()
+    with autocast(policy):
+        hidden = getattr(model, model.base_model_prefix)(input_ids=ids.to(DEVICE), use_cache=False)[0]  # [B, L, H]
+    where, targets = [], []
+    for b, conversation in enumerate(conversations):
+        for turn in conversation:
+            before = b * ids.shape[1] + len(turn.prompt) - 1
+            where += range(before, before + len(turn.completion))
+            targets += turn.completion
+    weight = model.get_output_embeddings().weight
+    hidden = hidden.flatten(0, 1)[torch.tensor(where, device=DEVICE)].to(weight.dtype)  # [N, H]
+    return LinearLogProb.apply(hidden, weight, torch.tensor(targets, device=DEVICE), temperature)
 
 
 def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -2015,13 +1608,622 @@ class LinearLogProb(torch.autograd.Function):
         return gradient[:, None].to(direction.dtype) * direction, None, None, None
 
 
-# ---------------------------------------------------------------------------------------------------------- decoder
+K3_LINEAR_FROM = 10.0
 
-# Decoder. model.generate() launches some thousand kernels a token, one by one; here a token step is about ten kernels a
-# layer, captured once as a CUDA graph and replayed. Prompts are right-padded, so a token's position is its cache slot:
-# causal attention never sees a pad, and a decoded token attends to slots 0..position of its row and to nothing else.
-# Kernels find the K/V cache through an offset held in device memory, so graphs outlive the cache, which each rollout
+
+def k3(log_probs: torch.Tensor, reference_log_probs: torch.Tensor) -> torch.Tensor:
+    """Schulman's K3 estimate of KL(pi || pi_ref) a token, from samples of pi: exp(d) - d - 1, d = log pi_ref - log pi.
+
+    >= 0, and 0 where the policies agree. Past d = 10 (a token 22,000 times likelier under the reference) the
+    exponential goes on as its tangent: one such token would otherwise drown, or overflow, the whole step."""
+    d = reference_log_probs - log_probs
+    capped = d.clamp(max=K3_LINEAR_FROM)
+    # expm1: near 0, exp(d) - 1 would keep less of float32 than the estimate has; what rounding leaves below 0 is 0
+    return (capped.expm1() * (1 + (d - capped)) - capped).clamp(min=0)
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(policy: Policy, examples: list[Example], config: Config, checkpoint: str) -> tuple[dict, list[dict]]:
+    """The paper's metrics on `examples`, greedily unless eval.generation_temperature says otherwise.
+
+    Returns the event for metrics.jsonl and a row for samples.jsonl for each example. "acc" is the share of correct
+    answers, not a mean reward. Raises Interrupted."""
+    size, temperature = config.eval.batch_size, config.eval.generation_temperature
+    start, conversations = time.perf_counter(), []
+    for i in progress(range(0, len(examples), size), f"evaluate {checkpoint}"):
+        if SIGNALS_SEEN:
+            raise Interrupted
+        seed = f"{config.train.seed}/eval/{i}"
+        conversations += roll_out(policy, examples[i : i + size], config, temperature, seed)
+    where = {"event": "eval", "checkpoint": checkpoint}
+    event = where | {"n": len(examples)} | reports.evaluation_figures(conversations, config)
+    event["seconds"] = time.perf_counter() - start
+    return event, [where | reports.sample_row(*pair) for pair in zip(examples, conversations, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------------- run folder
+
+# What a run writes; nothing else in its folder is ever deleted.
+RUN_FILES = ("config.yaml", "state.json", "metrics.jsonl", "samples.jsonl", "results.json", "results.md", "curves.png",
+             "stage1", "stage2", "merged", "wandb", ".smoke")  # fmt: skip
+LOGS = ("metrics.jsonl", "samples.jsonl")
+# A resumed run may change these: they move time, memory and files, not a number.
+HARMLESS_KEYS = ("wandb_project", "output.", "model.fast_inference_gpu_mem", "model.gradient_checkpointing",
+                 "train.micro_batch_size", "train.checkpoint_every")  # fmt: skip
+REFRESH_SECONDS = 300.0  # results.md and curves.png are drawn at most this often between evaluations
+
+
+def run_folder(config: Config) -> Path:
+    return Path(config.output.dir, config.run_name)
+
+
+@contextmanager
+def claim_folder(args: argparse.Namespace, config: Config) -> Iterator[None]:
+    """Holds the run's folder while the run goes on: one folder, one run. Chooses its name. Raises UserError."""
+    own = own_checkpoint(args, config)
+    if args.eval_only:
+        config.run_name += "-eval"
+    elif own and not args.overwrite and checkpoints(run_folder(config), past=own):
+        name = config.run_name.removesuffix("-smoke" if args.smoke else "") + "-stage2"
+        config.run_name = name + "-smoke" * bool(args.smoke)
+        args.set.append(f"run_name={name}")  # as `resume_command` prints it
+        log(f"The run of {own} went on past it, so this Stage II goes into {run_folder(config)}.")
+    folder = run_folder(config)
+    lock, holder = (folder.with_name(f".{folder.name}.{kind}") for kind in ("lock", "holder"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        claim = filelock.FileLock(lock)
+        claim.acquire(timeout=0)
+    except filelock.Timeout:
+        who = "another process"
+        with suppress(OSError):  # it may be ending just now
+            who = holder.read_text()
+        raise UserError(f"output.dir: {folder} is in use by {who}; wait for it, or set another run_name") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"output.dir: cannot write to {folder.parent}: {first_line(error)}") from None
+    try:
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        claim.release()
+
+
+def own_checkpoint(args: argparse.Namespace, config: Config) -> Path | None:
+    """The adapter that Stage II starts from, where it is a checkpoint of this run's Stage I."""
+    if args.start_stage == 1 or not args.resume_adapter:
+        return None
+    adapter, stage1 = Path(args.resume_adapter), run_folder(config) / "stage1"
+    return adapter if adapter.resolve().is_relative_to(stage1.resolve()) and (adapter / "state.json").exists() else None
+
+
+def checkpoints(folder: Path, past: Path | None = None) -> list[Path]:
+    """The complete checkpoints of a run, or those past one of them, the earliest first. Its start, which has no
+    weights, is the folder itself. Raises UserError."""
+    found = [f.parent for pattern in ("", "stage*/", "stage*/step_*/") for f in folder.glob(f"{pattern}state.json")]
+    after = checkpoint_place(past) if past else (0, 0)
+    return sorted((checkpoint for checkpoint in found if checkpoint_place(checkpoint) > after), key=checkpoint_place)
+
+
+def checkpoint_place(folder: Path) -> tuple[int, float]:
+    """(stage, step) of a complete checkpoint; the end of a stage is past any of its steps. Raises UserError."""
+    state = read_state(folder)
+    return state["stage"], math.inf if state["finished"] else state["step"]
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return {name: state[name] for name in ("stage", "step", "finished", "logs", "marks", "seconds")} | state
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{folder}/state.json: is damaged; delete it to go on from the checkpoint before it") from None
+
+
+def find_start(args: argparse.Namespace, config: Config, marks: dict[str, str]) -> Path | None:
+    """The checkpoint to go on from, None for a fresh start. Changes nothing. Refuses what would mix or lose runs."""
+    folder, own = run_folder(config), own_checkpoint(args, config)
+    there = [name for name in RUN_FILES if name != "state.json" and (folder / name).exists()]
+    if args.resume:
+        if "config.yaml" not in there:
+            raise UserError(f"--resume: {folder} holds no run; check run_name, or start without --resume")
+        check_same(folder, config, marks, "--resume")
+        newest = checkpoints(folder)[-1]
+        if 0 < checkpoint_place(newest)[1] < math.inf and not (newest / "optimizer.safetensors").exists():
+            why = f"{newest} has no optimizer state, which only a run's newest checkpoint keeps"
+            raise UserError(f"--resume: {why}; Stage II can start from it: --start-stage 2 --resume-adapter {newest}")
+        return newest
+    if own:
+        check_same(folder, config, marks, "--resume-adapter")
+        if not args.overwrite and checkpoints(folder, past=own):
+            raise UserError(f"--resume-adapter: the run of {own} went on past it just now; try again")
+        return own
+    if args.eval_only and {"stage1", "stage2"} & set(there):
+        raise UserError(f"--eval-only: {folder} holds a run that trained; set another run_name")
+    if args.eval_only and "config.yaml" in there and not args.overwrite:
+        check_same(folder, config, marks, "--eval-only")
+        return folder
+    if there and args.smoke and ".smoke" not in there:
+        raise UserError(f"--smoke: {folder} holds a run that is no smoke run; choose another with --set run_name=NAME")
+    if there and not (args.overwrite or args.smoke):
+        same = "".join(f"--set {word} " for word in args.set[-1:] if word.startswith("run_name="))
+        resume = f"{same}--resume or " * ("config.yaml" in there)  # else a start was killed, or an --overwrite
+        what = f"{folder} already holds a run ({', '.join(there)})"
+        raise UserError(f"output.dir: {what}; set another run_name, or give {resume}{same}--overwrite")
+    read = [config.model.name, config.dataset.name, config.reward.module, config.model.chat_template, args.config]
+    for path in [*read, args.resume_adapter] if there else ():
+        if path and any(Path(path).expanduser().resolve().is_relative_to((folder / name).resolve()) for name in there):
+            raise UserError(f"--overwrite: would delete {path}, which this run reads; set another run_name")
+    return None
+
+
+def check_same(folder: Path, config: Config, marks: dict[str, str], flag: str) -> None:
+    """A run that goes on keeps every number. Raises UserError that lists what would change one."""
+    try:
+        before = flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    except Exception as error:  # whatever stands there
+        raise UserError(f"{flag}: {folder}/config.yaml is damaged: {first_line(error)}") from None
+    if not checkpoints(folder):
+        raise UserError(f"{flag}: {folder} has lost its checkpoints; start anew with --overwrite")
+    now, saved = flat(config.model_dump()), read_state(checkpoints(folder)[-1])["marks"]
+    differ = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    keys = [name for name in differ if not name.startswith(HARMLESS_KEYS)]
+    changed = [f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in keys]
+    changed += [f"the {name}" for name in marks if saved.get(name) != marks[name]]
+    if changed:
+        rendered = {"the rows", "the rendered prompts.self_correction"} & set(changed)
+        dated = " (does the chat template print today's date?)" * bool(rendered)
+        new = "to go on from these weights, use --start-stage 2 --resume-adapter DIR --set run_name=NAME"
+        raise UserError(
+            f"{flag}: {folder} was made with something else: {'; '.join(changed)}{dated}; put it back or, {new}"
+        )
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as one of dotted keys."""
+    parts = [flat(v, f"{prefix}{k}.") if isinstance(v, dict) and v else {prefix + k: v} for k, v in tree.items()]
+    return {name: value for part in parts for name, value in part.items()}
+
+
+@dataclass
+class Run:
+    """The run folder and W&B: what is written down while the stages go by."""
+
+    folder: Path
+    config: Config
+    command: str
+    checkpoint: Path  # the newest; its state.json notes how long the logs were
+    state: dict[str, Any]
+    wandb: Any = None
+    started: float = field(default_factory=time.time)
+    drawn: float = field(default_factory=time.time)
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        file = self.folder / "metrics.jsonl"
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []  # not at U+2028
+        return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+    def evaluate(
+        self, policy: Policy, examples: list[Example], label: str, step: int, again: bool = False, **extra: Any
+    ) -> None:
+        """Evaluates and notes it down; with `again` also if the logs hold that evaluation already."""
+        if not again and label in [event["checkpoint"] for event in self.events("eval")]:
+            return
+        event, samples = evaluate(policy, examples, self.config, label)
+        event |= {"global_step": step} | extra
+        self.write(event, [row | extra for row in samples])
+        log(reports.EVAL_LINE.format(**event))
+        self.write_results()
+        write_atomically(self.checkpoint / "state.json", json.dumps(self.note_state(), indent=1))  # last: it is done
+
+    def log_step(self, event: dict, problems: list[Example], conversations: list[Conversation], steps: int) -> None:
+        """Writes and prints a training step; of its rollouts four, or all where the step was skipped."""
+        each, where = len(conversations) // len(problems), {key: event[key] for key in ("event", "stage", "step")}
+        shown = list(enumerate(conversations))[: None if event["skipped"] else 4]
+        self.write(event, [where | reports.sample_row(problems[row // each], c) for row, c in shown])
+        log(reports.step_line(event, steps))
+        if time.time() - self.drawn > REFRESH_SECONDS:
+            self.write_results()
+        if event["step"] == min(5, steps):
+            so_far = [past for past in self.events("train") if past["stage"] == event["stage"]]
+            for line in reports.budget_warnings(so_far):
+                log(line)
+
+    def write(self, event: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+        for name, rows in (("samples.jsonl", samples), ("metrics.jsonl", [event])):
+            with writing(self.folder / name), (self.folder / name).open("a", encoding="utf-8") as stream:
+                stream.writelines(map(to_json, rows))
+        if self.wandb:
+            with wandb_may_fail(self):
+                log_to_wandb(self, event, samples)
+
+    def note_state(self) -> dict[str, Any]:
+        """The newest checkpoint's state, as it is now."""
+        sizes = {name: (self.folder / name).stat().st_size for name in LOGS if (self.folder / name).exists()}
+        wandb_id = self.wandb.id if self.wandb else self.state.get("wandb_id")
+        seconds = self.state["seconds"] + time.time() - self.started
+        return self.state | {"logs": sizes, "wandb_id": wandb_id, "seconds": seconds}
+
+    def save_checkpoint(self, policy: Policy, stage: int, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+        """Saves stage{1,2}/step_N or, without optimizer, the stage's end. Every checkpoint keeps its adapter; only the
+        newest keeps the optimizer's state."""
+        folder = self.folder / f"stage{stage}" / (f"step_{step}" if optimizer else "")
+        self.state |= {"stage": stage, "step": step, "finished": optimizer is None, "adapter": None}
+        card = reports.model_card(self.config, self.events("eval"), folder)
+        save_checkpoint(policy, folder, self.note_state(), optimizer, card)
+        self.checkpoint = folder
+        for old in self.folder.glob("stage*/step_*/optimizer.safetensors"):
+            if old.parent != folder:
+                old.unlink()
+        log(f"Saved {folder}")
+
+    def write_results(self) -> None:
+        """results.json, results.md, curves.png, and the card of the checkpoint that was evaluated last."""
+        evals, device = self.events("eval"), DEVICE.type
+        results = {"run_name": self.config.run_name, "evals": evals} | reports.made_with()
+        results["device"] = torch.cuda.get_device_name() if device == "cuda" else device
+        results |= {"seconds_total": self.note_state()["seconds"], "command": self.command}
+        write_atomically(self.folder / "results.json", json.dumps(results, indent=1))
+        write_atomically(self.folder / "results.md", reports.results_page(self.config, evals))
+        if self.checkpoint != self.folder:
+            card = reports.model_card(self.config, evals, self.checkpoint)
+            write_atomically(self.checkpoint / "README.md", card)
+        with writing(self.folder / "curves.png"):
+            reports.draw_curves(self.folder, self.events("train"), evals)
+        self.drawn = time.time()
+
+
+def open_run(
+    args: argparse.Namespace, config: Config, checkpoint: Path | None, marks: dict[str, str], policy: Policy
+) -> Run:
+    """Prepares the run folder. Called after data, model and adapter have loaded, so a failed start deletes nothing."""
+    folder = run_folder(config)
+    state = {"stage": args.start_stage, "step": 0, "finished": False, "logs": {}, "marks": marks, "seconds": 0.0}
+    state = read_state(checkpoint) if checkpoint else state
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+        left = [*(folder / f".{name}.tmp" for name in RUN_FILES), *folder.glob("stage*/**/.*.tmp")]  # by a kill
+        for path in [*left, *(() if checkpoint else (folder / name for name in RUN_FILES))]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        past = checkpoints(folder, past=checkpoint)[::-1] if checkpoint else []
+        for old in past:  # the newest first: a folder without it is no checkpoint
+            (old / "state.json").unlink()
+        for old in past:
+            for file in filter(Path.is_file, old.iterdir()):
+                file.unlink()
+            with suppress(OSError):  # below a stage's end its steps may stay
+                old.rmdir()
+        for name in LOGS:
+            size = (folder / name).stat().st_size if (folder / name).exists() else 0
+            if size < state["logs"].get(name, 0):
+                raise UserError(f"--resume: {folder / name} is shorter than at its checkpoint; put it back")
+            if size:
+                os.truncate(folder / name, state["logs"].get(name, 0))
+        if args.smoke:
+            (folder / ".smoke").touch()
+    run = Run(folder, config, shlex.join(["python", *sys.argv]), checkpoint or folder, state)
+    if args.start_stage == 2 and not args.resume and not args.eval_only and not state["finished"]:
+        state |= {"stage": 2, "step": 0, "adapter": args.resume_adapter}  # noted before anything else
+        run.checkpoint = folder / "stage2" / "step_0"
+        save_checkpoint(policy, run.checkpoint, run.note_state(), None, reports.model_card(config, [], run.checkpoint))
+    if run.checkpoint == folder:
+        write_atomically(folder / "state.json", json.dumps(run.note_state(), indent=1))
+    if checkpoint:
+        log(f"Going on from {checkpoint}.")
+    else:  # last: a folder without it holds no run
+        text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+        write_atomically(folder / "config.yaml", text)
+    start_wandb(run)
+    return run
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Names what could not be written, which a full disk's error does not. Raises RunError."""
+    try:
+        yield
+    except Exception as error:  # safetensors and tokenizers have classes of their own for the system's errors
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
+        raise RunError(f"{place}: cannot be written: {first_line(error)}; mend that and go on with --resume") from None
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """The file holds the old text or the new, never half of one. Raises RunError."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    with writing(file), temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+        os.replace(temporary, file)
+
+
+def to_json(row: dict[str, Any]) -> str:
+    """One line of JSON; a number that is not finite, which JSON lacks, becomes null."""
+    finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+    return json.dumps(finite, ensure_ascii=False) + "\n"
+
+
+def save_checkpoint(
+    policy: Policy, folder: Path, state: dict[str, Any], optimizer: torch.optim.Optimizer | None, card: str
+) -> None:
+    """Writes adapter, tokenizer, model card, optimizer state and state.json to a hidden folder, then moves them in
+    place. state.json comes last: a folder without it is no checkpoint. safetensors and JSON only. Raises RunError."""
+    temporary = folder / ".checkpoint.tmp"
+    with writing(folder):
+        temporary.mkdir(parents=True)
+        policy.model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
+        policy.tokenizer.save_pretrained(str(temporary))
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        if optimizer:
+            pairs = [(name, optimizer.state[parameter]) for name, parameter in policy.trainable.items()]
+            moments = {f"{name}/{part}": value.contiguous() for name, parts in pairs for part, value in parts.items()}
+            save_file(moments, temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+        for file in filter(Path.is_file, temporary.rglob("*")):
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        (folder / "state.json").unlink(missing_ok=True)
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "state.json"):
+            os.replace(file, folder / file.name)
+        temporary.rmdir()
+
+
+def load_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, file: Path) -> None:
+    moments = read_weights(file)
+    for name, parameter in policy.trainable.items():
+        device = parameter.device
+        parts = {part: moments[f"{name}/{part}"] for part in ("step", "exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {part: v if part == "step" else v.to(device) for part, v in parts.items()}
+
+
+def finish_run(run: Run, policy: Policy) -> None:
+    """When all is trained: the table, the choice by validation rows, the merged model, the upload."""
+    evals, output = run.events("eval"), run.config.output
+    log("\n" + reports.results_table(evals), always=True)
+    if best := reports.best_on_validation(run.folder, evals):
+        log(best)
+    if run.wandb:
+        with wandb_may_fail(run):
+            run.wandb.finish()
+    if run.checkpoint != run.folder and run.state["finished"]:
+        if output.merge:
+            save_merged(run.checkpoint, run.folder / "merged", run.config, policy)
+        if output.push_to_hub:
+            push_to_hub(run.checkpoint, output.push_to_hub)
+    log(f"Done in {time.time() - run.started:.0f} s: {run.folder}/results.md, {run.folder}/curves.png")
+
+
+def save_merged(adapter: Path, folder: Path, config: Config, policy: Policy) -> None:
+    """The base model with the adapter added to its weights in float32, saved in bf16. Raises RunError."""
+    how = {"dtype": torch.float32, "trust_remote_code": config.model.trust_remote_code}
+    base = transformers.AutoModelForCausalLM.from_pretrained(config.model.name, **how)
+    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload().to(torch.bfloat16)
+    merged.generation_config = policy.model.generation_config  # every token that ends an answer
+    with writing(folder):
+        merged.save_pretrained(folder)
+        policy.tokenizer.save_pretrained(folder)
+
+
+def push_to_hub(folder: Path, name: str) -> None:
+    """Uploads the adapter at the end of a stage with its card and tokenizer. Raises RunError."""
+    try:
+        huggingface_hub.create_repo(name, exist_ok=True)
+        huggingface_hub.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=["step_*", "state.json", ".*"])
+    except Exception as error:  # no token, no network, no right to write: each its own class
+        raise RunError(f"output.push_to_hub: {name}: {first_line(error)}; try again with --resume") from None
+    log(f"Pushed {folder} to {name}")
+
+
+# ------------------------------------------------------------------------------------- Weights & Biases, signals
+
+
+def start_wandb(run: Run) -> None:
+    """Starts W&B: online with a login, else offline. It never prompts and never stops a run."""
+    config, mode, login = run.config, os.environ.get("WANDB_MODE"), os.environ.get("WANDB_API_KEY")
+    if not config.wandb_project or mode == "disabled":
+        return
+    with suppress(OSError, netrc.NetrcParseError):
+        login = login or netrc.netrc().authenticators("api.wandb.ai")
+    with wandb_may_fail(run):
+        import wandb
+
+        run.wandb = wandb.init(
+            project=config.wandb_project, name=config.run_name, config=config.model_dump(), dir=str(run.folder),
+            mode=mode or ("online" if login else "offline"), id=run.state.get("wandb_id"), resume="allow",
+            settings=wandb.Settings(silent=True, console="off", init_timeout=20, x_disable_stats=True),
+        )  # fmt: skip
+        run.wandb.define_metric("*", step_metric="global_step")
+        if run.wandb.offline:
+            log(f"W&B is offline; later: wandb sync {run.folder / 'wandb'}/offline-run-*")
+
+
+@contextmanager
+def wandb_may_fail(run: Run) -> Iterator[None]:
+    """A logger must not stop a run: whatever W&B raises is logged in a line, and W&B is off from there on."""
+    try:
+        yield
+    except Exception as error:
+        log(f"W&B is off from here on: {first_line(error)}")
+        run.wandb = None
+
+
+def log_to_wandb(run: Run, event: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+    """Numbers under stage1/, stage2/, eval/ or validation/ on one global step; of an evaluation also samples."""
+    import wandb
+
+    prefix = event.get("held_out", "eval") if event["event"] == "eval" else f"stage{event['stage']}"
+    values = {f"{prefix}/{name}": value for name, value in event.items() if isinstance(value, int | float)}
+    if event["event"] == "eval":
+        rows = [list(row.values()) for row in samples[:100]]
+        values[f"{prefix}/samples"] = wandb.Table(columns=list(samples[0]), data=rows)
+    run.wandb.log(values | {"global_step": event["global_step"]})
+
+
+def progress(items: Any, title: str) -> tqdm:
+    """A progress bar on a terminal; nothing in a log file, where the lines say enough."""
+    return tqdm(items, desc=title, leave=False, disable=QUIET or not sys.stderr.isatty(), dynamic_ncols=True)
+
+
+SIGNALS_SEEN: list[int] = []  # any asks the run to stop
+
+
+def on_signal(number: int, _frame: Any) -> None:
+    """First Ctrl-C, SIGTERM or SIGHUP: stop after the step in hand. Second: at once."""
+    SIGNALS_SEEN.append(number)
+    if len(SIGNALS_SEEN) > 1:
+        os._exit(130)
+    with suppress(OSError):
+        os.write(1, b"Stopping at the next safe point; once more to stop at once.\n")  # print may be in use
+
+
+# --------------------------------------------------------------------------------------------------------- samplers
+
+# An appendix that knows a model and nothing of SCoRe. Three samplers share one call, generate(prompts, max_new_tokens,
+# temperature, seed, first_row), and one promise: what a row gets depends on its prompt, the seed and its row number
+# alone. Other rows, free memory and the number of processes change nothing: noise is drawn for each (seed, row number).
+
+Rows = list[list[int]]  # a row each
+Made = tuple[Rows, list[list[float]]]  # completions, EOS included where it was reached, and their log-probs
+
+
+def make_sampler(policy: Policy, fast: bool, model_name: str) -> Any:
+    """The fastest sampler that serves the policy's model; with `fast` off, model.generate. Logs which, and why."""
+    reasons = [] if fast else ["model.fast_inference is false"]
+    for kind in (Decoder, GraphSampler) if fast else ():
+        try:
+            sampler = kind(policy)
+            check_exact(sampler, policy)
+            break
+        except Exception as error:  # also whatever a model's own code raises where a graph is captured
+            kind_of_error = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            reasons.append(kind_of_error + str(error).split("\n")[0])
+    else:
+        sampler = Generate(policy)
+    log(f"Rollouts of {model_name} use {sampler.name}" + (f" ({'; '.join(reasons)})." if reasons else "."))
+    return sampler
+
+
+def check_exact(sampler: Any, policy: Policy) -> None:
+    """Try greedy tokens and log-probs for two short prompts against the model's plain forward. Raises ValueError."""
+    vocabulary = policy.model.get_input_embeddings().weight.shape[0]
+    prompts = [[number % vocabulary for number in range(5, end)] for end in (9, 16)]
+    for prompt, row, logps in zip(prompts, *sampler.generate(prompts, 4, 0.0, 0), strict=True):
+        with generating(policy):
+            logits = policy.model(input_ids=torch.tensor([prompt + row], device=DEVICE)).logits
+        plain = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1).cpu()
+        chosen = plain.gather(1, torch.tensor(row)[:, None])[:, 0]
+        off = ((chosen - torch.tensor(logps)).abs() + plain.amax(-1) - chosen).mean().item()
+        if not off < (1e-3 if logits.dtype == torch.float32 else 0.2):
+            raise ValueError(f"{sampler.name} is {off:.2g} nats off the plain forward")
+    sampler.release()
+
+
+def sample(
+    policy: Policy, prompts: Rows, max_new_tokens: int, temperature: float, seed: str, first_row: int = 0,
+    memory_share: float = 0.5,
+) -> Made:  # fmt: skip
+    """Completions of B prompts sampled from softmax(logits / temperature) over the whole vocabulary; 0 is greedy.
+
+    Returns B rows of token ids and of their log-probs under that distribution (greedy: at temperature 1). Row i is
+    row number first_row + i of this seed. Where the free memory holds fewer rows, they go in parts."""
+    size = rows_that_fit(policy, prompts, max_new_tokens, memory_share)
+    if size < len(prompts):
+        policy.sampler.forget()  # parts are prefilled whole, so the K/V of the turn before would only take memory
+        size = rows_that_fit(policy, prompts, max_new_tokens, memory_share)
+    seed_number, completions, log_probs = random.Random(seed).getrandbits(62), [], []
+    for start in range(0, len(prompts), size):
+        part = prompts[start : start + size]
+        made = policy.sampler.generate(part, max_new_tokens, temperature, seed_number, first_row + start)
+        completions += made[0]
+        log_probs += made[1]
+    return completions, log_probs
+
+
+def rows_that_fit(policy: Policy, prompts: Rows, max_new_tokens: int, memory_share: float) -> int:
+    """How many of the rows decode together: their K/V cache and logits may take this share of the free memory."""
+    if DEVICE.type != "cuda" or not prompts:
+        return max(1, len(prompts))
+    config, slots = policy.model.config.get_text_config(), max(map(len, prompts)) + max_new_tokens
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    row = 4 * config.num_hidden_layers * kv_heads * head_dim * slots + 8 * config.vocab_size  # bf16 K, V; f32 logits
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return max(1, int(memory_share * free / row))
+
+
+def row_uniforms(seed: int, first_row: int, rows: int, count: int) -> torch.Tensor:
+    """The noise of rows first_row, first_row + 1, ...: uniform in [0, 1), float64 [rows, count], one for each token."""
+    streams = [random.Random(f"{seed}/{first_row + row}") for row in range(rows)]
+    return torch.tensor([[stream.random() for _ in range(count)] for stream in streams], dtype=torch.float64)
+
+
+def pick(logits: torch.Tensor, temperature: float, uniform: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next token and its log-prob, each [B], from logits [B, V] and the rows' noise, uniform [B].
+
+    The token is the first whose cumulative probability exceeds uniform * total. The sum grows there, so a token of
+    probability 0 is never chosen. It is in float64, where the rarest token of a large vocabulary still counts."""
+    log_p = F.log_softmax(logits.float() / (temperature or 1), -1)
+    if temperature == 0:
+        token = log_p.argmax(-1, keepdim=True)
+    else:
+        total = log_p.exp().cumsum(-1, dtype=torch.float64)
+        token = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)
+        token.clamp_(max=logits.shape[1] - 1)  # matters for NaN logits only
+    return token[:, 0], log_p.gather(-1, token)[:, 0]
+
+
+class Generate:
+    """Samples with model.generate, which serves every model and launches some thousand kernels a token."""
+
+    name = "model.generate"
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+
+    def conversation(self) -> Any:
+        """Nothing is kept from one turn to the next, so there is nothing to forget either."""
+        return nullcontext()
+
+    forget = conversation
+
+    def generate(self, prompts: Rows, max_new_tokens: int, temperature: float, seed: int, first_row: int = 0) -> Made:
+        """As `sample`, for rows that fit in memory."""
+        policy, (ids, mask), log_probs = self.policy, pad_left(prompts, self.policy.pad_token_id), []
+        uniforms = row_uniforms(seed, first_row, len(prompts), max_new_tokens).to(DEVICE)
+
+        def leave_one(_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            """A logits processor that picks the token itself, so that generate's greedy search finds no other."""
+            token, log_p = pick(logits, temperature, uniforms[:, len(log_probs)])
+            log_probs.append(log_p)
+            return torch.full_like(logits, -math.inf).scatter_(1, token[:, None], 0.0)
+
+        how = dict(do_sample=False, eos_token_id=policy.eos_token_ids or -1, pad_token_id=policy.pad_token_id)
+        with generating(policy):
+            processors = transformers.LogitsProcessorList([leave_one])
+            output = policy.model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, logits_processor=processors, **how
+            )
+        rows, log_probs = output[:, ids.shape[1] :].tolist(), torch.stack(log_probs, 1).tolist()
+        ends = [next((i + 1 for i, t in enumerate(row) if t in policy.eos_token_ids), len(row)) for row in rows]
+        return tuple([row[:end] for row, end in zip(part, ends, strict=True)] for part in (rows, log_probs))
+
+
+def pad_left(prompts: Rows, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both [B, length of the longest prompt]."""
+    pads = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
+    ids = [[pad] * n + prompt for n, prompt in zip(pads, prompts, strict=True)]
+    mask = [[0] * n + [1] * len(prompt) for n, prompt in zip(pads, prompts, strict=True)]
+    return torch.tensor(ids, device=DEVICE), torch.tensor(mask, device=DEVICE)
+
+
+# The Decoder. Model.generate launches some thousand kernels a token, one by one. Here a token step is about ten kernels
+# a layer, captured once as a CUDA graph and replayed. Prompts are padded on the right, so a token's position is its
+# cache slot: causal attention sees no pad, and a new token attends to slots 0..position of its row and nothing else.
+# Kernels find the K/V cache through an offset in device memory, so graphs outlive the cache, which each rollout
 # allocates at its own size and frees before the update. Attempt 2 goes on from attempt 1's K/V: only the bridge is new.
+# (fmt: skip keeps the long signatures of kernels at one kind of argument a line.)
 if triton is not None:
 
     @triton.jit
@@ -2059,28 +2261,10 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["tokens", "layer"])
     def _rope_cache_kernel(
-        y,
-        b,
-        q_norm,
-        k_norm,
-        cos,
-        sin,
-        rows,
-        pos,
-        q,
-        anchor,
-        control,
-        tokens,
-        layer,
-        eps,
-        H: tl.constexpr,
-        KV: tl.constexpr,
-        D: tl.constexpr,
-        R: tl.constexpr,
-        NORM: tl.constexpr,
-        M: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
+        y, b, q_norm, k_norm, cos, sin, rows, pos, q, anchor, control, tokens, layer, eps,
+        H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+        NORM: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
         """M tokens of one head of q|k|v: add LoRA; normalize and rotate q and k; q goes out, k and v to the cache."""
         n = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
         ok_n = n < tokens
@@ -2117,23 +2301,9 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["layer"])
     def _attend_kernel(
-        q,
-        anchor,
-        control,
-        rows,
-        pos,
-        o,
-        part,
-        layer,
-        scale,
-        KV: tl.constexpr,
-        GROUP: tl.constexpr,
-        G: tl.constexpr,
-        D: tl.constexpr,
-        BLOCK_D: tl.constexpr,
-        BLOCK: tl.constexpr,
-        SPLITS: tl.constexpr,
-    ):
+        q, anchor, control, rows, pos, o, part, layer, scale, KV: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr,
+        D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    ):  # fmt: skip
         """One token's GROUP query heads of one K/V head over slots 0..pos of its cache row, or one of SPLITS parts."""
         row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         g, d = tl.arange(0, G), tl.arange(0, BLOCK_D)
@@ -2199,29 +2369,25 @@ if triton is not None:
 
     @triton.jit
     def _sample_kernel(
-        logits, control, heat, ids_of_rows, count, best, where, top, total, VOCAB: tl.constexpr, BLOCK: tl.constexpr
+        logits, control, inv_t, ids_of_rows, count, best, where, top, total, VOCAB: tl.constexpr, BLOCK: tl.constexpr
     ):
         """A block of one row's vocabulary: the maximum of z + Gumbel noise, z = logits / T, and logsumexp(z) in parts.
 
-        The noise is -log(E), E exponential, keyed by (seed, row, token count, column): it does not depend on the batch
-        around the row. E is -log(1 - u) with u on a grid of 2^-31 near 0, where E decides who wins: probabilities are
-        exact to about 5e-10 a token, and no token can gain more than 22 nats.
-        """
+        The noise is -log(E), E exponential, keyed by (seed, row number, token count, column): it does not depend on the
+        batch around the row. E is -log(1 - u) with u on a grid of 2^-31 near 0, where E decides who wins:
+        probabilities are exact to about 5e-10 a token, and no token can gain more than 22 nats."""
         row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
         c = block * BLOCK + tl.arange(0, BLOCK)
-        z = tl.load(logits + row * VOCAB + c, mask=c < VOCAB, other=float("-inf")).to(tl.float32) * tl.load(heat)
+        z = tl.load(logits + row * VOCAB + c, mask=c < VOCAB, other=float("-inf")).to(tl.float32) * tl.load(inv_t)
+        number = (tl.load(control + 5) + tl.load(ids_of_rows + row)).to(tl.int32)
         quad = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)  # Philox gives four numbers at a time
         r0, r1, r2, r3 = tl.philox(
-            tl.load(control + 4),
-            quad,
-            quad * 0 + tl.load(ids_of_rows + row).to(tl.int32),
-            quad * 0 + tl.load(count + row).to(tl.int32),
-            quad * 0,
+            tl.load(control + 4), quad, quad * 0 + number, quad * 0 + tl.load(count + row).to(tl.int32), quad * 0
         )
         bits = tl.reshape(tl.join(tl.join(r0, r1), tl.join(r2, r3)), (BLOCK,))
         u = tl.minimum(((bits >> 1).to(tl.float32) + 0.5) * 4.656612873e-10, 0.99999994)
         e = tl.where(u < 0.01, u * (1.0 + u * (0.5 + u * 0.33333334)), -tl.log(1.0 - u))
-        value, index = tl.max(z - tl.load(heat + 1) * tl.log(e), 0, return_indices=True)
+        value, index = tl.max(z - tl.load(inv_t + 1) * tl.log(e), 0, return_indices=True)
         peak = tl.max(z, 0)
         to = row * tl.num_programs(1) + block
         tl.store(best + to, value)
@@ -2231,26 +2397,9 @@ if triton is not None:
 
     @triton.jit
     def _advance_kernel(
-        logits,
-        control,
-        heat,
-        best,
-        where,
-        top,
-        total,
-        eos,
-        state,
-        tokens,
-        logps,
-        lengths,
-        pad,
-        CAP: tl.constexpr,
-        WIDTH: tl.constexpr,
-        VOCAB: tl.constexpr,
-        BLOCKS: tl.constexpr,
-        BLOCK: tl.constexpr,
-        EOS: tl.constexpr,
-    ):
+        logits, control, inv_t, best, where, top, total, eos, state, tokens, logps, lengths, pad, CAP: tl.constexpr,
+        WIDTH: tl.constexpr, VOCAB: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, EOS: tl.constexpr,
+    ):  # fmt: skip
         """One row: pick the winning block's token, record it and its log-prob, and move the row's state on."""
         row = tl.program_id(0).to(tl.int64)
         c = tl.arange(0, BLOCK)
@@ -2260,7 +2409,7 @@ if triton is not None:
         peaks = tl.load(top + row * BLOCKS + c, mask=ok, other=float("-inf"))
         peak = tl.max(peaks, 0)
         sums = tl.load(total + row * BLOCKS + c, mask=ok, other=0.0)
-        z = tl.load(logits + row * VOCAB + token).to(tl.float32) * tl.load(heat)
+        z = tl.load(logits + row * VOCAB + token).to(tl.float32) * tl.load(inv_t)
         logp = z - peak - tl.log(tl.sum(sums * tl.exp(peaks - peak), 0))
         pos, count = tl.load(state + CAP + row), tl.load(state + 2 * CAP + row)
         done, prompt = tl.load(state + 3 * CAP + row), tl.load(state + 4 * CAP + row)
@@ -2277,53 +2426,34 @@ if triton is not None:
         tl.store(state + 3 * CAP + row, tl.where(alive, ended, done))
 
 
-def causal_lm(model: torch.nn.Module) -> torch.nn.Module:
-    """The causal language model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _projections(layer: torch.nn.Module) -> list[torch.nn.Module]:
+def projections(layer: torch.nn.Module) -> list[torch.nn.Module]:
     """The seven linear maps of a decoder layer, each bare or wrapped by PEFT."""
     attn, mlp = layer.self_attn, layer.mlp
     return [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
-def why_not_decodable(model: torch.nn.Module) -> str | None:
-    """None if Decoder serves this model, else the plain reason why model.generate() must be used."""
-    base = causal_lm(model)
-    config, name = base.config, type(base).__name__
-    devices = {p.device for p in base.parameters()}
+def why_not_decodable(base: torch.nn.Module) -> str | None:
+    """None if Decoder serves this causal language model, else the reason in plain words."""
+    config, name, devices = base.config, type(base).__name__, {str(p.device) for p in base.parameters()}
     if name not in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"):
-        return f"the architecture {name} is not Llama, Mistral, Qwen2 or Qwen3"
-    if triton is None and DEVICE.type != "cpu":
-        return "Triton is not installed"
-    if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
-        return f"the model is on {', '.join(sorted(map(str, devices)))}; one CUDA device or the CPU is needed"
-    if getattr(config, "sliding_window", None) or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        return "the model uses sliding-window attention"
-    if any(getattr(config, k, None) for k in ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale")):
-        return "the model caps or scales its logits"
-    if config.hidden_act != "silu":
-        return f"the activation is {config.hidden_act}, not silu"
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind = rope.get("rope_type", rope.get("type")) or "default"
-    if kind not in ("default", "linear", "llama3", "yarn") or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        return f"the rotary embedding is of type {kind} with {rope}"
-    if type(base.lm_head) is not torch.nn.Linear or type(base.model.embed_tokens) is not torch.nn.Embedding:
-        return "the embedding or the output head is wrapped (by LoRA, modules_to_save or quantization)"
-    for module in (m for layer in base.model.layers for m in _projections(layer)):
-        inner = getattr(module, "base_layer", module)
-        if type(inner) is not torch.nn.Linear and type(inner).__name__ != "Linear4bit":
-            return f"a projection is a {type(inner).__name__}, not a Linear or Linear4bit"
-        if type(inner) is torch.nn.Linear and inner.weight.dtype != base.model.embed_tokens.weight.dtype:
-            return "the embedding and the projections differ in dtype"
-        if inner is not module and not hasattr(module, "lora_A"):
-            return f"the adapter layer {type(module).__name__} is not LoRA"
-        if getattr(module, "lora_variant", None) or any(getattr(module, "lora_bias", {}).values()):
-            return "the adapter is a LoRA variant (DoRA, a LoRA bias, ...)"
-        if inner is not module and sum(a in module.lora_A for a in module.active_adapters) > 1:
-            return "several adapters are active at once"
-    return None
+        return f"{name} is not of the architecture of Llama, Mistral, Qwen2 or Qwen3"
+    embedding, modules = base.model.embed_tokens, [part for layer in base.model.layers for part in projections(layer)]
+    rope = {"rope_type": "default", "partial_rotary_factor": 1.0} | (getattr(config, "rope_parameters", None) or {})
+    odd_rope = rope["rope_type"] not in ("default", "linear", "llama3", "yarn") or rope["partial_rotary_factor"] != 1
+    windows = [getattr(config, "sliding_window", None), *(getattr(config, "layer_types", None) or ())]
+    dense = [m for m in (getattr(m, "base_layer", m) for m in modules) if type(m) is torch.nn.Linear]
+    faults = {
+        f"it is on {devices}, not on one GPU or the CPU": len(devices) > 1 or min(devices)[:3] not in ("cpu", "cud"),
+        "Triton is not installed": triton is None and devices != {"cpu"},
+        "it uses sliding-window attention": windows[0] or "sliding_attention" in windows,
+        f"its activation is {config.hidden_act}, not silu": config.hidden_act != "silu",
+        f"its rotary embedding is {rope}": odd_rope,
+        "its output head is wrapped": type(base.lm_head) is not torch.nn.Linear,
+        "its embedding is wrapped": type(embedding) is not torch.nn.Embedding,
+        "its weights differ in dtype": len({m.weight.dtype for m in [*dense, embedding]}) > 1,
+        "its adapter is a variant of LoRA (DoRA, ...)": any(getattr(m, "lora_variant", None) for m in modules),
+    }
+    return next((reason for reason, found in faults.items() if found), None)
 
 
 class FusedLinear:
@@ -2331,29 +2461,24 @@ class FusedLinear:
 
     What comes after it adds (A x) B, with B block-diagonal and scaled. Dense base weights move into the buffer that
     also holds A, and each module's weight becomes a view of its rows: training reads the same memory, nothing is
-    stored twice. Quantized base layers run by themselves, and only A is a buffer.
-    """
+    stored twice. Quantized base layers run by themselves, and only A is a buffer."""
 
     def __init__(self, modules: list[torch.nn.Module], dtype: torch.dtype):
-        self.modules = modules
-        self.bases = [getattr(m, "base_layer", m) for m in modules]
+        self.modules, self.bases = modules, [getattr(m, "base_layer", m) for m in modules]
         self.sizes = [base.out_features for base in self.bases]
-        self.out, wide = sum(self.sizes), self.bases[0].in_features
+        self.out, wide, device = sum(self.sizes), self.bases[0].in_features, self.bases[0].weight.device
         ranks = [a.weight.shape[0] for m in modules for a in getattr(m, "lora_A", {}).values()]
         self.rank = max(16, 1 << (max(ranks) - 1).bit_length()) if ranks else 0  # padded with zeros: tl.dot wants >= 16
-        self.dense = all(type(base) is torch.nn.Linear for base in self.bases)
-        device, extra = self.bases[0].weight.device, self.rank * len(modules)
-        held = torch.zeros(self.out * self.dense + extra, wide, dtype=dtype, device=device)
-        self.weight, self.a = held, held[self.out * self.dense :]
+        self.dense, extra = all(type(base) is torch.nn.Linear for base in self.bases), self.rank * len(modules)
+        self.weight = torch.zeros(self.out * self.dense + extra, wide, dtype=dtype, device=device)
+        self.a = self.weight[self.out * self.dense :]
         self.b = torch.zeros(extra, self.out, dtype=dtype, device=device)
         biased = self.dense and any(base.bias is not None for base in self.bases)
         self.bias = torch.zeros(self.out + extra, dtype=dtype, device=device) if biased else None
         self.reload()
 
     def reload(self) -> None:
-        """Copy the LoRA weights as they are now (zeros where adapters are off), cast to the compute dtype.
-
-        Raises ValueError if an adapter has grown past the rank this was built for."""
+        """Copy the LoRA weights as they are now (zeros where adapters are off), cast to the compute dtype."""
         self.b.zero_()
         start = 0
         for i, (module, base, size) in enumerate(zip(self.modules, self.bases, self.sizes, strict=True)):
@@ -2366,8 +2491,6 @@ class FusedLinear:
             live = [] if getattr(module, "disable_adapters", True) or module.merged else module.active_adapters
             for name in (name for name in live if name in module.lora_A):
                 a, b = module.lora_A[name].weight, module.lora_B[name].weight
-                if len(a) > self.rank:
-                    raise ValueError(f"LoRA rank {len(a)} is above the decoder's {self.rank}: build a new Decoder")
                 self.a[at : at + len(a)] = a
                 torch.mul(b.t(), module.scaling[name], out=self.b[at : at + len(a), start:stop])
             start = stop
@@ -2383,7 +2506,7 @@ class FusedLinear:
         return torch.addmm(y[:, : self.out], y[:, self.out :], self.b) if self.rank else y
 
 
-def _rows_for_graph(rows: int) -> int:
+def rows_for_graph(rows: int) -> int:
     """The batch size whose graph decodes `rows` rows: 8, 16, 32, 64, 96, 128, 192, 256, 384, ..."""
     size = max(8, 1 << (rows - 1).bit_length())
     return size * 3 // 4 if size >= 128 and rows <= size * 3 // 4 else size
@@ -2392,59 +2515,57 @@ def _rows_for_graph(rows: int) -> int:
 class Decoder:
     """Samples from a causal language model with its own parameters, LoRA active and unmerged; see the comment above.
 
-    On CUDA a token step is a graph of Triton kernels; on a CPU the same step runs in torch operations.
-    """
+    On CUDA a token step is a graph of Triton kernels; on a CPU the same step runs in torch operations."""
 
+    name = "the built-in decoder"
     compact = True  # drop ended rows from the batch
-    continues = True  # inside conversation(), go on from the K/V of the generate() before
     keeps = False  # leave the K/V to the next generate()
     burst = 8  # graph replays between two looks at which rows have ended
     splits: int | None = None  # programs that share one row's attention; None: enough to fill the card
     prompt_tokens = 8192  # prompt tokens in one forward pass, pads included
 
-    def __init__(self, model: torch.nn.Module, eos_token_ids: list[int], pad_token_id: int):
+    def __init__(self, policy: Policy):
         """Raises ValueError with why_not_decodable()'s reason. Re-points the base weights (see FusedLinear)."""
-        if reason := why_not_decodable(model):
-            raise ValueError(f"cannot decode with this model: {reason}")
-        base = causal_lm(model)
+        base = policy.model.get_base_model()
+        if reason := why_not_decodable(base):
+            raise ValueError(reason)
         config, self.backbone, self.head = base.config, base.model, base.lm_head
-        self.embedding, self.pad = base.model.embed_tokens.weight, pad_token_id
-        self.device, self.dtype, self.eps = self.embedding.device, self.embedding.dtype, config.rms_norm_eps
-        self.heads, self.kv = config.num_attention_heads, config.num_key_value_heads
+        self.embedding = self.backbone.embed_tokens.weight
+        self.eps, self.heads, self.kv = config.rms_norm_eps, config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self._set_up(policy)
         with torch.inference_mode(False), torch.no_grad():  # a weight that is an inference tensor could not train
             self.layers = [self._fuse(layer) for layer in base.model.layers]
-        self.kernels = triton is not None and self.device.type == "cuda"
-        self.graphed = self.kernels
+
+    def _set_up(self, policy: Policy) -> None:
+        """What does not depend on the architecture."""
+        weight = policy.model.get_input_embeddings().weight
+        self.device, self.dtype, self.pad = weight.device, weight.dtype, policy.pad_token_id
+        self.kernels = self.graphed = triton is not None and self.device.type == "cuda"
         gpu = torch.cuda.get_device_properties(self.device) if self.graphed else None
         self.processors, self.stages = (gpu.multi_processor_count, 2 if gpu.major >= 8 else 1) if gpu else (1, 1)
-        self.eos = torch.tensor(eos_token_ids or [-1], device=self.device)
+        self.eos = torch.tensor(policy.eos_token_ids or [-1], device=self.device)
         self.release()
 
     def _fuse(self, layer: torch.nn.Module) -> SimpleNamespace:
         """What a token step reads of one decoder layer."""
-        q, k, v, o, gate, up, down = _projections(layer)
+        q, k, v, o, gate, up, down = projections(layer)
         norms = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
-        return SimpleNamespace(
-            before=layer.input_layernorm.weight,
-            after=layer.post_attention_layernorm.weight,
-            norms=[norm.weight for norm in norms if norm is not None],
-            qkv=FusedLinear([q, k, v], self.dtype),
-            o=FusedLinear([o], self.dtype),
-            gate_up=FusedLinear([gate, up], self.dtype),
-            down=FusedLinear([down], self.dtype),
-        )
+        inputs = {"qkv": [q, k, v], "o": [o], "gate_up": [gate, up], "down": [down]}
+        part = SimpleNamespace(**{name: FusedLinear(modules, self.dtype) for name, modules in inputs.items()})
+        part.before, part.after = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        part.norms = [norm.weight for norm in norms if norm is not None]
+        return part
 
     def release(self) -> None:
-        """Drop graphs and buffers; the next generate() makes them again. K/V outlives it in conversation() alone."""
-        self.graphs, self.pool, self.cache, self.state, self.kept = {}, None, None, None, None
+        """Drop graphs, buffers and kept K/V; the next generate() makes them again."""
+        self.graphs, self.held = {}, [1, 1, 1]
+        self.pool = self.cache = self.kept = self.cos = self.static = None
 
     @contextmanager
     def conversation(self) -> Iterator[None]:
-        """Inside, prompts that each extend the one before them and its completion are prefilled from there on.
-
-        The weights must not change inside."""
-        self.keeps = self.continues
+        """Inside, where weights must not change, prompts that extend the ones before go on from the K/V of those."""
+        self.keeps = True
         try:
             yield
         finally:
@@ -2456,23 +2577,13 @@ class Decoder:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def generate(
-        self, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int
-    ) -> tuple[list[list[int]], list[list[float]]]:
-        """Sample one completion of at most max_new_tokens for each prompt from softmax(logits / temperature).
-
-        Temperature 0 is greedy. Returns the completions' token ids, EOS included where it was reached, and the
-        log-prob of each under that distribution (greedy: temperature 1). The same seed gives the same samples.
-        Raises ValueError for an empty prompt, a negative temperature or no tokens to make."""
+    def generate(self, prompts: Rows, max_new_tokens: int, temperature: float, seed: int, first_row: int = 0) -> Made:
+        """As `sample`, for rows that fit in memory. Raises ValueError for an empty prompt or odd numbers."""
         if temperature < 0 or max_new_tokens < 1 or not all(prompts):
             raise ValueError("generate() needs prompts that are not empty, max_new_tokens >= 1 and temperature >= 0")
-        if not prompts:
-            return [], []
-        for layer in self.layers:
-            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
-                linear.reload()
+        rows = rows_for_graph(len(prompts)) if self.graphed else len(prompts)
         try:
-            rows = self._start(prompts, max_new_tokens, temperature, seed)
+            self._start(prompts, rows, max_new_tokens, temperature, seed, first_row)
             self._continue(rows, max_new_tokens, max(map(len, prompts)))
             lengths = self.lengths[: len(prompts)].tolist()
             tokens, logps = (t[: len(prompts), :max_new_tokens].tolist() for t in (self.tokens, self.logps))
@@ -2484,8 +2595,10 @@ class Decoder:
             self.cache = None
         return tokens, logps
 
-    def _start(self, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int) -> int:
-        """Prefill and the first token of each row. Returns the batch size, spare rows of the graph's size included."""
+    def _start(self, prompts: Rows, rows: int, max_new_tokens: int, *how) -> None:
+        """Prefill and the first token of each row. `how`: temperature, seed, first_row."""
+        for linear in (part for layer in self.layers for part in (layer.qkv, layer.o, layer.gate_up, layer.down)):
+            linear.reload()
         kept, self.kept = self._kept_for(prompts), None
         copies: dict[tuple, list[int]] = {}  # equal prompts are prefilled once
         for i, prompt in enumerate(prompts):
@@ -2493,57 +2606,56 @@ class Decoder:
         unique = sorted(copies, key=len, reverse=True)
         order = [copies[p][0] for p in unique] + [i for p in unique for i in copies[p][1:]]
         source = [*range(len(unique))] + [u for u, p in enumerate(unique) for _ in copies[p][1:]]
-        rows = _rows_for_graph(len(prompts)) if self.graphed else len(prompts)
-        spare, slots = rows - len(prompts), len(unique[0]) + max_new_tokens
-        source += [0] * spare
+        slots, where = len(unique[0]) + max_new_tokens, source + [0] * (rows - len(prompts))
         self._reserve(rows, max_new_tokens, slots)
+        if self.cos is None:
+            self.cos, self.sin = self._tables(self.held[2])
         shape = (len(self.layers), 2, rows, self.kv, slots, self.head_dim)
         self.cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
         offset = (self.cache.data_ptr() - self.anchor.data_ptr()) // self.anchor.element_size()
-        self.control.copy_(torch.tensor([offset, rows, slots, max_new_tokens, seed & (2**63 - 1)]))
-        self.heat.copy_(torch.tensor([1 / (temperature or 1), float(temperature > 0)]))
-        self.limit, self.temperature = max_new_tokens, temperature
-        self.generator = torch.Generator(self.device).manual_seed(seed & (2**63 - 1))
-        state = [
-            [self.pad] * rows,
-            [len(unique[s]) - 1 for s in source],
-            [0] * rows,
-            [0] * len(prompts) + [1] * spare,
-            order + [*range(len(prompts), rows)],
-        ]
-        self.state[:, :rows] = torch.tensor(state, device=self.device)
+        self._begin(order, [len(unique[w]) for w in where], (offset, rows, slots, max_new_tokens), *how)
         hidden = self._go_on(unique, order[: len(unique)], *kept) if kept else self._prefill(unique)
-        where = torch.tensor(source, device=self.device)
+        where = torch.tensor(where, device=self.device)
         if len(unique) < len(prompts):
             for layer in self.cache:
                 layer[:, len(unique) : len(prompts)] = layer[:, where[len(unique) : len(prompts)]]
-        self._choose(hidden[where], rows)
-        return rows
+        self._choose(head_logits(hidden[where], self.head.weight), rows)
 
     def _reserve(self, rows: int, new: int, slots: int) -> None:
         """Buffers that graphs point at, with room to grow: larger ones drop the graphs."""
-        if self.state is not None:
-            if rows <= self.state.shape[1] and new < self.tokens.shape[1] and slots <= len(self.cos):
-                return
-            rows, new = max(rows, self.state.shape[1]), max(new, self.tokens.shape[1] - 1)
-            slots = max(slots, len(self.cos))
+        least = (256, 1024, 4096)
+        held = [1 << (max(n) - 1).bit_length() for n in zip((rows, new, slots), least, self.held, strict=True)]
+        if held == self.held:
+            return
         self.release()
-        rows, new, slots = (1 << (max(n) - 1).bit_length() for n in ((rows, 256), (new, 1024), (slots, 4096)))
-        whole = {"dtype": torch.long, "device": self.device}
+        self.held, (rows, new, slots), whole = held, held, {"dtype": torch.long, "device": self.device}
         self.state = torch.zeros(5, rows, **whole)  # token, position, tokens made, ended, index of the prompt
-        self.control = torch.zeros(5, **whole)  # cache offset, its rows and slots, max_new_tokens, seed
-        self.heat = torch.zeros(2, device=self.device)  # 1 / temperature, 1 to sample or 0 for greedy
+        self.control = torch.zeros(6, **whole)  # cache offset, its rows and slots, max_new_tokens, seed, first_row
+        self.inv_t = torch.zeros(2, device=self.device)  # 1 / temperature, 1 to sample or 0 for greedy
         self.tokens = torch.zeros(rows, new + 1, **whole)  # by prompt; ended rows may write to the last column
         self.logps = torch.zeros(rows, new + 1, device=self.device)
         self.lengths, self.row_numbers = torch.zeros(rows, **whole), torch.arange(rows, **whole)
         self.anchor = torch.zeros(16, dtype=self.dtype, device=self.device)
+
+    def _tables(self, slots: int) -> tuple[torch.Tensor, ...]:
+        """Cosines and sines of the positions, both [slots, head_dim / 2]."""
         rotary = getattr(self.backbone, "rotary_emb", None) or self.backbone.layers[0].self_attn.rotary_emb
         if hasattr(rotary, "get_cached"):  # Unsloth's
             rotary.extend_rope_embedding(self.anchor, slots)
             table = rotary.get_cached(slots, self.device.index)
         else:
             table = [t[0] for t in rotary(self.anchor, torch.arange(slots, device=self.device)[None])]
-        self.cos, self.sin = (t[:slots, : self.head_dim // 2].contiguous() for t in table)
+        return tuple(t[:slots, : self.head_dim // 2].contiguous() for t in table)
+
+    def _begin(self, order: list[int], lengths: list[int], control: tuple, temperature: float, seed: int, first: int):
+        """The state of all rows: row i is prompt order[i], of lengths[i] tokens; the rows behind them are spare."""
+        self.limit, self.temperature, rows, given = control[-1], temperature, len(lengths), len(order)
+        self.control.copy_(torch.tensor([*control, seed & (2**63 - 1), first]))
+        self.inv_t.copy_(torch.tensor([1 / (temperature or 1), float(temperature > 0)]))
+        if temperature and not self.kernels:
+            self.uniforms = row_uniforms(seed, first, rows, self.limit + 1)
+        columns = ([self.pad, n - 1, 0, i >= given, order[i] if i < given else i] for i, n in enumerate(lengths))
+        self.state[:, :rows] = torch.tensor([*columns], device=self.device).T
 
     def _continue(self, rows: int, max_new_tokens: int, longest: int) -> None:
         """Token steps until every row has ended, in smaller batches when most have."""
@@ -2561,10 +2673,9 @@ class Decoder:
                     continue
                 looks[0][1].synchronize()
             ended = looks.pop(0)[0].tolist()
-            alive = [row for row in range(rows) if not ended[row]]
-            if not alive:
+            if all(ended):
                 return
-            fewer = _rows_for_graph(len(alive)) if graph else len(alive)
+            fewer = rows_for_graph(ended.count(0)) if graph else ended.count(0)
             if self.compact and fewer <= rows * (0.5 if graph else 0.75):
                 n = rows if self.keeps else fewer  # rows whose K/V is kept change places, others are overwritten
                 order = torch.tensor(sorted(range(rows), key=ended.__getitem__)[:n], device=self.device)
@@ -2590,7 +2701,8 @@ class Decoder:
         return self.graphs[rows]
 
     def _step(self, rows: int) -> None:
-        self._choose(self._forward(self.state[0, :rows], self.row_numbers[:rows], self.state[1, :rows]), rows)
+        hidden = self._forward(self.state[0, :rows], self.row_numbers[:rows], self.state[1, :rows])
+        self._choose(head_logits(hidden, self.head.weight), rows)
 
     def _prefill(self, prompts: list[tuple[int, ...]]) -> torch.Tensor:
         """Write the prompts' K/V to the first cache rows, longest prompt first -> hidden states [prompts, hidden]."""
@@ -2624,18 +2736,15 @@ class Decoder:
         known, source = [known[number] for number in numbers], rows_of[numbers]
         for new, old in zip(self.cache, cache, strict=True):
             new[:, : len(prompts), :, : max(known)] = old[:, source, :, : max(known)]
-        rest = [
-            (token, row, at)
-            for row, (prompt, n) in enumerate(zip(prompts, known, strict=True))
-            for at, token in enumerate(prompt[n:], n)
-        ]
+        tails = [(row, n, prompt) for row, (prompt, n) in enumerate(zip(prompts, known, strict=True))]
+        rest = [(token, row, at) for row, n, prompt in tails for at, token in enumerate(prompt[n:], n)]
         ids, rows, pos = (torch.tensor(column, device=self.device) for column in zip(*rest, strict=True))
         parts = zip(*(t.split(self.prompt_tokens) for t in (ids, rows, pos)), strict=True)
         hidden = torch.cat([self._forward(*part) for part in parts])
         return hidden[rows.bincount().cumsum(0) - 1]
 
     def _forward(self, ids, rows, pos, prompt=None, last=None) -> torch.Tensor:
-        """Tokens ids [N] at (rows, pos) [N] of the cache -> normalized hidden states [N, hidden].
+        """Rows ids [N] at (rows, pos) [N] of the cache -> normalized hidden states [N, hidden].
 
         prompt = (first row, rows, length) for a prefill of N = rows * length tokens, which keeps only tokens `last`."""
         h, y, below = F.embedding(ids, self.embedding), None, None
@@ -2651,11 +2760,10 @@ class Decoder:
         return self._add_norm(h, y, below, self.backbone.norm.weight)
 
     def _plan(self, rows: torch.Tensor, pos: torch.Tensor, prompt) -> tuple:
-        """What every layer of the torch path shares: cos, sin [N, 1, head_dim / 2], the mask [N, 1, 1, slots], rows."""
+        """What all layers of the torch path share: cos, sin [N, 1, head_dim / 2], the mask [N, 1, 1, slots], rows."""
         if torch.equal(rows, self.row_numbers[: len(rows)]):  # a token step reads the cache as it lies
             rows = slice(len(rows))
-        slots = 0 if prompt else int(pos.max()) + 1
-        mask = torch.arange(slots, device=self.device) <= pos[:, None]
+        mask = torch.arange(0 if prompt else int(pos.max()) + 1, device=self.device) <= pos[:, None]
         return self.cos[pos][:, None], self.sin[pos][:, None], mask[:, None, None], rows
 
     def _add_norm(self, h, y, linear, weight) -> torch.Tensor:
@@ -2678,27 +2786,10 @@ class Decoder:
         if self.kernels:
             q, norms = y.new_empty(len(y), heads * dim), layer.norms or (y, y)
             _rope_cache_kernel[(triton.cdiv(len(y), 16), heads + 2 * kv)](
-                y,
-                layer.qkv.b,
-                *norms,
-                self.cos,
-                self.sin,
-                rows,
-                pos,
-                q,
-                self.anchor,
-                self.control,
-                len(y),
-                index,
-                self.eps,
-                heads,
-                kv,
-                dim,
-                layer.qkv.rank,
-                bool(layer.norms),
-                16,
+                y, layer.qkv.b, *norms, self.cos, self.sin, rows, pos, q, self.anchor, self.control, len(y), index,
+                self.eps, heads, kv, dim, layer.qkv.rank, bool(layer.norms), 16,
                 max(16, triton.next_power_of_2(dim // 2)),
-            )
+            )  # fmt: skip
             return q
         q, k, v = layer.qkv.add_lora(y).view(len(y), -1, dim).split([heads, kv, kv], 1)
         if layer.norms:
@@ -2723,24 +2814,10 @@ class Decoder:
         part = q.new_empty(n * self.heads * splits * (dim + 2) * (splits > 1), dtype=torch.float32)
         wide = max(16, triton.next_power_of_2(dim))
         _attend_kernel[(n, self.kv, splits)](
-            q,
-            self.anchor,
-            self.control,
-            rows,
-            pos,
-            out,
-            part,
-            index,
-            dim**-0.5,
-            self.kv,
-            group,
-            max(16, triton.next_power_of_2(group)),
-            dim,
-            wide,
-            max(16, 16384 // (wide * q.element_size())),
-            splits,
+            q, self.anchor, self.control, rows, pos, out, part, index, dim**-0.5, self.kv, group,
+            max(16, triton.next_power_of_2(group)), dim, wide, max(16, 16384 // (wide * q.element_size())), splits,
             num_stages=self.stages,
-        )
+        )  # fmt: skip
         if splits > 1:
             _combine_kernel[(n * self.heads,)](part, out, dim, wide, splits, num_warps=2)
         return out
@@ -2764,57 +2841,25 @@ class Decoder:
         _silu_mul_kernel[(triton.cdiv(n, 16), triton.cdiv(size, 64))](y, linear.b, x, n, size, linear.rank, 16, 64)
         return x
 
-    def _choose(self, hidden: torch.Tensor, rows: int) -> None:
-        """Sample each row's next token from hidden [rows, hidden], record it, and move the rows' state on."""
-        logits = head_logits(hidden, self.head.weight)
+    def _choose(self, logits: torch.Tensor, rows: int) -> None:
+        """Choose each row's next token from logits [rows, V], record it, and move the rows' state on."""
         if self.kernels:
-            block = 4096
-            blocks = triton.cdiv(logits.shape[1], block)
+            state, vocab, block = self.state, logits.shape[1], 4096
+            blocks = triton.cdiv(vocab, block)
             best, top, total = logits.new_empty(3, rows, blocks, dtype=torch.float32)
-            where = logits.new_empty(rows, blocks, dtype=torch.int32)
-            state = self.state
+            parts = best, logits.new_empty(rows, blocks, dtype=torch.int32), top, total
             _sample_kernel[(rows, blocks)](
-                logits,
-                self.control,
-                self.heat,
-                state[4],
-                state[2],
-                best,
-                where,
-                top,
-                total,
-                logits.shape[1],
-                block,
-                num_warps=8,
+                logits, self.control, self.inv_t, state[4], state[2], *parts, vocab, block, num_warps=8
             )
             _advance_kernel[(rows,)](
-                logits,
-                self.control,
-                self.heat,
-                best,
-                where,
-                top,
-                total,
-                self.eos,
-                state,
-                self.tokens,
-                self.logps,
-                self.lengths,
-                self.pad,
-                state.shape[1],
-                self.tokens.shape[1],
-                logits.shape[1],
-                blocks,
-                triton.next_power_of_2(blocks),
-                len(self.eos),
-                num_warps=1,
-            )
+                logits, self.control, self.inv_t, *parts, self.eos, state, self.tokens, self.logps, self.lengths,
+                self.pad, state.shape[1], self.tokens.shape[1], vocab, blocks, triton.next_power_of_2(blocks),
+                len(self.eos), num_warps=1,
+            )  # fmt: skip
             return
-        logp = F.log_softmax(logits.float() / (self.temperature or 1), -1)
-        sampled = self.temperature > 0
-        token = torch.multinomial(logp.exp(), 1, generator=self.generator) if sampled else logp.argmax(-1, keepdim=True)
-        logp, token = logp.gather(-1, token)[:, 0], token[:, 0]
         ids, pos, count, done, prompt = self.state[:, :rows]
+        uniform = self.uniforms[prompt, count.clamp(max=self.limit)] if self.temperature else None
+        token, logp = pick(logits, self.temperature, uniform)
         alive = done == 0
         column = torch.where(alive, count, self.tokens.shape[1] - 1)
         self.tokens[prompt, column], self.logps[prompt, column] = token, logp
@@ -2825,997 +2870,121 @@ class Decoder:
         count += alive
 
 
-# ------------------------------------------------------------------------------------------------ several processes
-
-
-def micro_batches(attempt: Attempt, max_tokens: int) -> list[list[int]]:
-    """This process's rows by index, longest first, in groups of at most `max_tokens` tokens, pads counted (and at
-    least one row)."""
-    lengths = [len(p) + len(c) for p, c in zip(attempt.prompts, attempt.completions, strict=True)]
-    batches: list[list[int]] = []
-    longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    for row in longest_first[PROCESSES.process_index :: PROCESSES.num_processes]:
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
-            batches.append([])
-        batches[-1].append(row)
-    return batches
-
-
-def sum_over_processes(policy: Policy, stats: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Sums the gradients over the processes in one flat all-reduce, and each attempt's statistics (kl_max: the max)."""
-    weights = list(policy.trainable.values())
-    flat = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]  # None: this process had no rows
-    flat = reduce(torch.cat([gradient.flatten() for gradient in flat]), "sum")
-    for weight, gradient in zip(weights, flat.split([w.numel() for w in weights]), strict=True):
-        weight.grad = gradient.view_as(weight)
-    everyones = zip(*gather_object([stats]), strict=True)  # by attempt, then by process
-    return [
-        {
-            key: float(np.max([s[key] for s in parts])) if key == "kl_max" else sum(s[key] for s in parts)
-            for key in parts[0]
-        }
-        for parts in everyones
-    ]
-
-
-@contextmanager
-def watching_peers() -> Iterator[None]:
-    """Ends this process when another one on this machine is gone: NCCL would wait for it, until the launcher kills."""
-    if PROCESSES.num_processes == 1:
-        yield
-        return
-    import psutil  # accelerate's own
-
-    everyone = gather_object([(socket.gethostname(), os.getpid())])
-    peers = [pid for host, pid in everyone if host == socket.gethostname() and pid != os.getpid()]
-    left = threading.Event()
-
-    def gone(pid: int) -> bool:
-        try:
-            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return True
-
-    def watch() -> None:
-        while not left.wait(1):
-            if any(map(gone, peers)) and not left.wait(3):  # an error of its own, or the collective's, may come first
-                os.write(2, f"Process {PROCESSES.process_index} stops, as another has\n".encode())
-                os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        left.set()
-
-
-# ------------------------------------------------------------------------------------------------------- run folder
-
-RENEW_SECONDS = 300.0  # between two renewals of what one looks at while a run goes on
-
-
-@dataclass
-class Run:
-    """The run folder and W&B: what is written down while the stages go by."""
-
-    folder: Path
-    config: Config
-    command: str
-    doomed: Path | None = None  # what --overwrite is to delete
-    wandb: Any = None
-    rollouts: list[dict[str, Any]] = field(default_factory=list)  # of training, since the last table of them
-    kept: dict[str, Any] = field(default_factory=dict)  # of results.json, when --eval-only adds to a run
-    seconds_before: float = 0.0
-    started: float = field(default_factory=time.time)
-    renewed: float = field(default_factory=time.time)  # results.md and curves.png
-
-    @on_main
-    def log(self, event: dict[str, Any], samples: list[dict[str, Any]]) -> None:
-        append_lines(self.folder / "samples.jsonl", samples)
-        append_lines(self.folder / "metrics.jsonl", [event])  # last: with it the step or the evaluation is done
-        if event["event"] == "eval" or time.time() - self.renewed >= RENEW_SECONDS:
-            self.write_results()
-        if event["event"] == "eval":
-            say(
-                "Evaluated {checkpoint}: Acc@t1 {acc_attempt1:.3f}, Acc@t2 {acc_attempt2:.3f}, delta {delta:+.3f}, "
-                "i->c {delta_i_to_c:.3f} (wrong->c {wrong_to_correct:.3f}), c->i {delta_c_to_i:.3f}, n {n}".format(
-                    **event
-                )
-            )
-        if self.wandb:
-            with at_the_loggers_risk(self):
-                log_to_wandb(self, event, samples)
-
-    def has_evaluated(self, label: str) -> bool:
-        return any(e["checkpoint"] == label and "eval_only" not in e for e in self.evals())
-
-    def evals(self) -> list[dict[str, Any]]:
-        return [e for e in read_lines(self.folder / "metrics.jsonl") if e["event"] == "eval"]
-
-    @on_main
-    def write_results(self) -> None:
-        evals = self.evals()
-        packages = ("torch", "transformers", "peft", "unsloth", "datasets")
-        results = {
-            "run_name": self.config.run_name,
-            "evals": evals,
-            "versions": {"python": sys.version.split()[0]}
-            | {p: importlib.metadata.version(p) if importlib.util.find_spec(p) else None for p in packages},
-            "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type,
-            "seconds_total": self.seconds_before + time.time() - self.started,
-            "git_commit": git_commit(),
-            "command": self.command,
-        } | self.kept
-        write_atomically(self.folder / "results.json", json.dumps(results, indent=1))
-        write_atomically(self.folder / "results.md", results_table(evals) + "\n")
-        for last in evals[-1:]:
-            stage = self.folder / last["checkpoint"]  # with "adapter" one from elsewhere, perhaps of another config
-            if "adapter" not in last and (stage / "state.json").exists():
-                write_atomically(stage / "README.md", model_card(self.config, evals, stage))
-        draw_curves(self.folder)
-        self.renewed = time.time()
-
-
-def open_run(args: argparse.Namespace, config: Config) -> tuple[Run, Path | None]:
-    """Finds the run folder and the checkpoint to resume from; changes nothing yet. Raises UserError.
-
-    An earlier run in the folder is never overwritten unasked: a fresh start over it is refused. A smoke run replaces
-    the last one; Stage II from an adapter adds to the folder that may hold Stage I."""
-    folder = Path(config.output.dir) / config.run_name
-    adapter = Path(args.resume_adapter) if args.resume_adapter else None
-    adding, doomed = args.eval_only or args.resume, None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except (OSError, ValueError) as error:
-        raise UserError(f"output.dir: cannot write to {folder}: {getattr(error, 'strerror', error)}") from None
-    lines = [e for e in read_lines(folder / "metrics.jsonl") if "eval_only" not in e]
-    taken = ["metrics.jsonl"] * bool(lines) + [s for s in ("stage1", "stage2") if (folder / s).exists()]
-    if args.start_stage == 2 and not adding:
-        taken = ["stage2"] if "stage2" in taken or any(e.get("stage") == 2 for e in lines) else []
-    if taken and not adding:
-        if not (args.overwrite or args.smoke):
-            raise UserError(
-                f"output.dir: {folder} already holds a run ({', '.join(taken)}); continue it with "
-                "--resume, choose another with --set run_name=NAME, or delete it with --overwrite"
-            )
-        doomed = folder / "stage2" if args.start_stage == 2 else folder
-        if adapter and adapter.resolve().is_relative_to(doomed.resolve()):
-            raise UserError(f"--overwrite: would delete the adapter to start from, {adapter}")
-    if args.resume and (folder / "config.yaml").exists():
-        check_same_config(folder / "config.yaml", config)
-    checkpoint = newest_checkpoint(folder) if args.resume else None
-    if args.start_stage == 2 and adapter and checkpoint and checkpoint_place(checkpoint)[0] == 1:
-        checkpoint = None  # that Stage II had not begun, and was to begin from the adapter
-    if args.start_stage == 2 and not (checkpoint or adapter):
-        raise UserError(f"--start-stage 2: {folder} has no checkpoint to --resume from; give --resume-adapter DIR")
-    if checkpoint or adapter:  # before the minutes that the model takes
-        read_weights((checkpoint or adapter) / "adapter_model.safetensors")
-    if checkpoint and 0 < checkpoint_place(checkpoint)[1] < math.inf:
-        read_weights(checkpoint / "optimizer.safetensors")
-    return Run(folder, config, shlex.join(["python", *sys.argv]), doomed), checkpoint
-
-
-@on_main
-def enter_run(args: argparse.Namespace, run: Run, checkpoint: Path | None) -> None:
-    """Readies the run folder, once data, model and adapter have turned out well: until here nothing old is lost."""
-    folder = run.folder
-    if run.doomed and run.doomed.exists():
-        shutil.rmtree(run.doomed)
-        folder.mkdir(exist_ok=True)
-    before = {}
-    with suppress(OSError, ValueError):  # none yet, or a damaged one, which is written anew
-        before = json.loads((folder / "results.json").read_text())
-    if args.eval_only and (folder / "config.yaml").exists():  # beside a run, which may be running
-        run.kept = {key: value for key, value in before.items() if key != "evals"}
-        return
-    if args.start_stage == 2 and not checkpoint and not evaluates_as(folder / "config.yaml", run.config):
-        for name in ("metrics.jsonl", "samples.jsonl"):  # so pretrain is evaluated anew
-            kept = [
-                e
-                for e in read_lines(folder / name)
-                if "eval_only" in e or not (e.get("checkpoint") == "pretrain" or "held_out" in e)
-            ]
-            write_atomically(folder / name, "".join(map(to_json, kept)))
-    text = yaml.safe_dump(run.config.model_dump(), sort_keys=False, allow_unicode=True)
-    write_atomically(folder / "config.yaml", text)
-    halves = [c for c in folder.glob("stage*/step_*") if args.resume and not (c / "state.json").exists()]
-    for leftover in [*folder.glob("stage*/.*.tmp"), *folder.glob(".*.tmp"), *halves]:  # a kill left them
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    if args.resume:
-        run.seconds_before = before.get("seconds_total", 0.0)
-    if not args.eval_only:
-        fresh = (1, 0 if args.resume else -1) if args.start_stage == 1 else (2, -1)
-        rewind(folder, *(checkpoint_place(checkpoint) if checkpoint else fresh))
-    if args.resume and (folder / "metrics.jsonl").exists():
-        run.write_results()  # a kill may have come between the line of an evaluation and its results
-
-
-# A resumed run may change these: they move time, memory and files, not the mathematics.
-HARMLESS_KEYS = (
-    "wandb_project",
-    "eval.",
-    "output.",
-    "model.decoder",
-    "model.fast_inference",
-    "model.gradient_checkpointing",
-    "train.micro_batch_size",
-    "train.checkpoint_every",
-    "train.max_skipped_steps",
-)
-
-
-def check_same_config(file: Path, config: Config) -> None:
-    """A resumed run keeps its mathematics. Raises UserError that lists every key that would change it."""
-    flat = lambda tree, prefix="": {  # noqa: E731
-        key: value
-        for name, item in tree.items()
-        for key, value in (flat(item, f"{prefix}{name}.") if isinstance(item, dict) else {prefix + name: item}).items()
-    }
-    try:
-        before, now = flat(yaml.safe_load(file.read_text(encoding="utf-8"))), flat(config.model_dump())
-    except Exception as error:  # whatever stands there
-        raise UserError(f"--resume: {file} is damaged ({first_line(error)}); delete it if no key changed") from None
-    then = {
-        f"{name}.{key}": info.default
-        for name, section in config
-        if isinstance(section, Section)
-        for key, info in type(section).model_fields.items()
-    } | before  # a key that is younger than the file
-    changed = [
-        f"{key} {then.get(key)!r} -> {now[key]!r}" if key in now else f"{key}, which is no key any more"
-        for key in sorted(before.keys() | now.keys())
-        if then.get(key) != now.get(key) and (key == "eval.validation" or not key.startswith(HARMLESS_KEYS))
-    ]
-    if changed:
-        raise UserError(
-            f"--resume: {file} was made with another config ({'; '.join(changed)}); put these back, or "
-            "start a new run with --set run_name=NAME"
-        )
-
-
-def evaluates_as(file: Path, config: Config) -> bool:
-    """Does the config of an earlier run, if there is one, evaluate on the same rows, prompts and budgets?"""
-
-    def measure(tree: dict[str, Any]) -> list[Any]:
-        budgets = {key: value for key, value in tree["train"].items() if key.startswith("max_")}
-        return [*(tree[section] for section in ("model", "dataset", "prompts", "reward", "eval")), budgets]
-
-    try:
-        return not file.exists() or measure(yaml.safe_load(file.read_text())) == measure(config.model_dump())
-    except Exception:  # whatever stands there
-        return False
-
-
-def rewind(folder: Path, stage: int, step: int) -> None:
-    """Drops from metrics.jsonl and samples.jsonl what lies past (stage, step), so that resuming adds no line twice.
-
-    Evaluations stand after the steps of the stage they close; those of --eval-only stay. Samples without their line
-    in metrics.jsonl, which is written after them, go too: what they belong to is done again."""
-    order = {"pretrain": (1, 0), "stage1": (1, math.inf), "stage2": (2, math.inf)}
-    mark = lambda e: [e.get(key) for key in ("event", "checkpoint", "stage", "step", "adapter")]  # noqa: E731
-    logged = [mark(event) for event in read_lines(folder / "metrics.jsonl")]
-
-    def past(e: dict[str, Any]) -> bool:  # "adapter" marks the evaluation of the adapter that Stage II started from
-        label = e.get("checkpoint")
-        if "held_out" in e:
-            place = tuple(map(int, re.findall(r"\d+", label)))
-        else:
-            place = (2, 0) if "adapter" in e else order.get(label) or (e["stage"], e["step"])
-        return "eval_only" not in e and place > (stage, step)
-
-    for file in filter(Path.exists, (folder / "metrics.jsonl", folder / "samples.jsonl")):
-        kept = [event for event in read_lines(file) if mark(event) in logged and not past(event)]
-        write_atomically(file, "".join(map(to_json, kept)))
-
-
-def where_to_look(config: Config) -> str:
-    """The files of a run that show how it went."""
-    folder = Path(config.output.dir) / config.run_name
-    return ", ".join(str(folder / name) for name in ("results.md", "curves.png") if (folder / name).exists())
-
-
-def git_commit() -> str | None:
-    here = Path(__file__).resolve().parent
-    with suppress(OSError):  # no git here
-        done = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        return done.stdout.strip() or None
-    return None
-
-
-@contextmanager
-def writing(place: Path) -> Iterator[None]:
-    """Names what could not be written, which a full disk's error does not. Raises RunError."""
-    try:
-        yield
-    except Exception as error:  # safetensors and tokenizers have classes of their own for the system's errors
-        if not isinstance(error, OSError) and "os error" not in str(error):
-            raise
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise RunError(f"{place}: cannot be written: {reason}; mend that and go on with --resume") from None
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """The file holds the old text or the new, never half of one. Raises RunError."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    with writing(file), temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-        os.replace(temporary, file)
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The complete lines of a jsonl file; one that a kill cut short is left out."""
-    events = []
-    # A cut can fall inside a character; JSON leaves U+2028 as it is, which splitlines takes for the end of a line.
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []:
-        with suppress(ValueError):
-            events.append(json.loads(line))
-    return [event for event in events if isinstance(event, dict)]
-
-
-def append_lines(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Adds rows to a jsonl file, after ending a line that a kill left half written. Raises RunError."""
-    cut = False
-    if file.exists() and file.stat().st_size:
-        with file.open("rb") as stream:
-            stream.seek(-1, os.SEEK_END)
-            cut = stream.read() != b"\n"
-    with writing(file), file.open("a", encoding="utf-8") as stream:
-        stream.writelines(["\n"] * cut + [to_json(row) for row in rows])
-
-
-def to_json(row: dict[str, Any]) -> str:
-    """One line of JSON; a number that is not finite, which JSON lacks, becomes null."""
-    finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-    return json.dumps(finite, ensure_ascii=False) + "\n"
-
-
-# ------------------------------------------------------------------------------------------------------ checkpoints
-
-
-@on_main
-def save_checkpoint(
-    policy: Policy, folder: Path, state: dict, optimizer: torch.optim.Optimizer | None, card: str | None = None
-) -> None:
-    """Writes adapter, tokenizer, model card, optimizer state and state.json to a hidden folder, then moves them in
-    place. state.json comes last: a folder without it is not a checkpoint. safetensors and JSON only."""
-    temporary = folder.parent / f".{folder.name}.tmp" if folder.name.startswith("step_") else folder / ".end.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    with writing(folder):
-        temporary.mkdir(parents=True)
-        policy.model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
-        policy.tokenizer.save_pretrained(str(temporary))
-        if card:
-            (temporary / "README.md").write_text(card, encoding="utf-8")
-        if optimizer:
-            moments = {
-                f"{name}/{key}": value.contiguous()
-                for name, parameter in policy.trainable.items()
-                for key, value in optimizer.state[parameter].items()
-            }
-            save_file(moments, temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state, indent=1))
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as stream:
-                    os.fsync(stream.fileno())
-        if folder.exists():
-            (folder / "state.json").unlink(missing_ok=True)
-            for file in sorted(temporary.iterdir(), key=lambda file: file.name == "state.json"):
-                os.replace(file, folder / file.name)
-            temporary.rmdir()
-        else:
-            os.rename(temporary, folder)
-
-
-def load_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, file: Path) -> None:
-    moments = read_weights(file)
-    for name, parameter in policy.trainable.items():
-        prefix = f"{name}/"
-        optimizer.state[parameter] = {
-            key.removeprefix(prefix): value.to("cpu" if key == f"{prefix}step" else parameter.device)
-            for key, value in moments.items()
-            if key.startswith(prefix)
-        }
-
-
-def checkpoint_place(folder: Path) -> tuple[int, float]:
-    """(stage, step) of a complete checkpoint; the end of a stage is past any of its steps."""
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        return state["stage"], math.inf if state.get("finished") else state["step"]
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"{folder}/state.json: is damaged; delete it to go on from the checkpoint before it") from None
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint that is furthest along."""
-    complete = [file.parent for file in [*folder.glob("stage*/state.json"), *folder.glob("stage*/step_*/state.json")]]
-    return max(complete, key=checkpoint_place, default=None)
-
-
-@on_main
-def prune_checkpoints(folder: Path, keep: int | None) -> None:
-    """Deletes all but the newest `keep` mid-stage checkpoints of a stage."""
-    steps = sorted((f.parent for f in folder.glob("step_*/state.json")), key=lambda c: checkpoint_place(c)[1])
-    for old in steps[: -keep if keep else 0]:
-        (old / "state.json").unlink()  # first: what is half deleted is no checkpoint
-        shutil.rmtree(old)
-
-
-@on_main
-def save_merged(policy: Policy, folder: Path) -> None:
-    """The base model with the adapter added to its weights, in bf16, for whoever does without PEFT. Raises RunError.
-
-    4-bit base weights are expanded first and stay so: nothing is rounded to 4 bits a second time."""
-    base, weights = policy.model.get_base_model(), {}
-    for name, module in base.named_modules():
-        layer = getattr(module, "base_layer", module)  # of a module that LoRA wraps
-        if "lora_" in name or "base_layer" in name:
-            continue
-        for key, weight in layer.named_parameters(recurse=False):
-            weight = dequantize_module_weight(layer) if key == "weight" else weight
-            if key == "weight" and layer is not module:
-                weight = weight.float() + module.get_delta_weight("default").float()
-            weights[f"{name}.{key}"] = weight.detach().to("cpu", torch.bfloat16)
-    config = copy.deepcopy(base.config)
-    config.dtype = torch.bfloat16
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        merged = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    merged.load_state_dict(weights, assign=True)
-    merged.tie_weights()
-    merged.generation_config = base.generation_config  # every token that ends an answer
-    with writing(folder):
-        merged.save_pretrained(folder)
-        policy.tokenizer.save_pretrained(folder)
-
-
-@on_main
-def push_to_hub(folder: Path, name: str) -> None:
-    """Uploads the adapter at the end of a stage with its card and tokenizer. Raises RunError."""
-    own = ["step_*", "state.json", ".*"]  # of no use to others
-    try:
-        huggingface_hub.create_repo(name, exist_ok=True)
-        huggingface_hub.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=own)
-    except Exception as error:  # no token, no network, no right to write: each its own class
-        by_hand = f"hf upload {name} {folder} --exclude 'step_*' --exclude state.json"
-        raise RunError(
-            f"output.push_to_hub: {name} was not pushed: {first_line(error)}; the run is complete, push it "
-            f"with --resume, or: {by_hand}"
-        ) from None
-    say(f"Pushed {folder} to {name}")
-
-
-# ---------------------------------------------------------------------------------------------------------- reports
-
-
-STEP_LINE = (
-    "reward {reward_attempt1:.3f} / {reward_attempt2:.3f}, acc {acc_attempt1:.2f} / {acc_attempt2:.2f}, "
-    "kl {kl_attempt1:.3f} / {kl_attempt2:.3f}, {tokens_per_second:.0f} tok/s"
-)
-
-
-def progress(items: Any, title: str, **kwargs: Any) -> tqdm:
-    """A progress bar on a terminal; nothing in a log file, where the summary lines say enough."""
-    hidden = QUIET or not MAIN or not sys.stderr.isatty()
-    return tqdm(items, desc=title, leave=False, disable=hidden, dynamic_ncols=True, **kwargs)
-
-
-def rollout_means(attempts: list[Attempt], corrections: int) -> dict[str, float]:
-    """What a step's metrics say of its rollouts: `attempt_means`, the gap of their rewards, and the speed."""
-    means = attempt_means(attempts)
-    means["reward_gap"] = means["reward_attempt2"] - means["reward_attempt1"]
-    made = attempts[0].completions[::corrections] + attempts[1].completions
-    return means | {"tokens_per_second": sum(map(len, made)) / sum(attempt.seconds for attempt in attempts)}
-
-
-def sample_rows(examples: list[Example], attempts: list[Attempt], where: dict, most: int | None = None) -> list[dict]:
-    """Rows of samples.jsonl: the question, the target and both attempts with their rewards."""
-    return [
-        where
-        | {"question": example.question, "target": example.target}
-        | {
-            f"{key}_attempt{number}": values[row]
-            for number, attempt in enumerate(attempts, 1)
-            for key, values in (
-                ("text", attempt.texts),
-                ("answer", attempt.answers),
-                ("reward", attempt.rewards),
-                ("correct", attempt.correct),
-                ("truncated", attempt.truncated),
-                ("tokens", [*map(len, attempt.completions)]),
-            )
-        }
-        for row, example in enumerate(examples[:most])
-    ]
-
-
-def intervals(correct: np.ndarray) -> dict[str, list[float]]:
-    """95% bootstrap intervals over rows of Acc@t1, Acc@t2 and delta from correct [n, 2]; the pairs stay together."""
-    rows = np.random.default_rng(0).integers(len(correct), size=(1000, len(correct)))
-    means = correct[rows].mean(1)  # [1000, 2]
-    found = {"acc_attempt1": means[:, 0], "acc_attempt2": means[:, 1], "delta": means[:, 1] - means[:, 0]}
-    return {f"{key}_interval": np.quantile(values, (0.025, 0.975)).round(4).tolist() for key, values in found.items()}
-
-
-def vote(policy: Policy, examples: list[Example], config: Config) -> dict[str, float]:
-    """Majority votes at equal budgets: 2k first attempts in parallel, against k first attempts each corrected once,
-    whose second attempts vote (the paper's inference-scaling comparison). Sampled at the training temperature.
-
-    Returns vote_parallel_{2k} and vote_sequential_{2k}, accuracies, for k = 1, 2, 4, ..., eval.samples."""
-    most, temperature = config.eval.samples, config.train.generation_temperature
-    sizes = sorted({1 << i for i in range(most.bit_length())} | {most})
-    right = {(way, 2 * k): 0 for k in sizes for way in ("parallel", "sequential")}
-    extract, each = ANSWER_EXTRACTORS[config.reward.answer_extractor], max(1, config.eval.batch_size // most)
-    for i in progress(range(0, len(examples), each), "vote"):
-        stop_if_asked()
-        rows, seed = [e for e in examples[i : i + each] for _ in range(most)], f"{config.train.seed}/vote/{i}"
-        first, second = roll_out(policy, rows, config, temperature, seed)
-        (more,) = roll_out(policy, rows, config, temperature, f"{seed}/more", attempts=1)
-        for row in range(0, len(rows), most):
-            for k in sizes:
-                votes = {
-                    "parallel": [(a, r) for a in (first, more) for r in range(row, row + k)],
-                    "sequential": [(second, r) for r in range(row, row + k)],
-                }
-                for way, cast in votes.items():
-                    attempt, winner = cast[majority([a.texts[r] for a, r in cast], extract)]
-                    right[way, 2 * k] += attempt.correct[winner]
-    return {f"vote_{way}_{budget}": count / len(examples) for (way, budget), count in right.items()}
-
-
-def edit_distance_ratio(a: list[int], b: list[int]) -> float:
-    """Levenshtein distance of two token sequences over the longer length: 0 is a copy, 1 shares nothing."""
-    if a == b:
-        return 0.0
-    b_tokens, offsets = np.array(b), np.arange(len(b) + 1)
-    row = offsets.copy()
-    for i, token in enumerate(a, 1):
-        step = np.minimum(row[1:] + 1, row[:-1] + (b_tokens != token))  # deletion, substitution
-        row = np.minimum.accumulate(np.concatenate(([i], step)) - offsets) + offsets  # insertions, all at once
-    return float(row[-1] / max(len(a), len(b)))
-
-
-@on_main
-def warn_of_budgets(run: Run, stage: int, rows: int) -> None:
-    """Says in one line which budgets cut off more than 5% of the stage's attempts so far, `rows` a step."""
-    steps = [e for e in read_lines(run.folder / "metrics.jsonl") if e["event"] == "train" and e["stage"] == stage]
-    cut = {n: sum(e[f"truncated_attempt{n}"] for e in steps) / len(steps) for n in (1, 2)}
-    budgets = [
-        f"train.max_new_tokens_attempt{n} = {getattr(run.config.train, f'max_new_tokens_attempt{n}')} cut off "
-        f"{share:.0%} of the first {rows * len(steps)} {('first', 'second')[n - 1]} attempts"
-        for n, share in cut.items()
-        if share > 0.05
-    ]
-    if budgets:
-        config = shlex.quote(str(run.folder / "config.yaml"))
-        say(f"Warning: {' and '.join(budgets)}; python profile_run.py --config {config} recommends budgets.")
-
-
-def results_table(evals: list[dict[str, Any]]) -> str:
-    """The evaluations as markdown: the paper's metrics, what the corrections are, and votes where there were any."""
-    columns = {"checkpoint": "checkpoint", "Acc@t1": "acc_attempt1", "Acc@t2": "acc_attempt2"}
-    columns |= {f"Acc@t{key[11:]}": key for e in evals for key in e if re.fullmatch(r"acc_attempt\d+", key)}
-    columns |= {
-        "delta": "delta",
-        "95%": "delta_interval",
-        "i->c": "delta_i_to_c",
-        "c->i": "delta_c_to_i",
-        "reward 1": "reward_attempt1",
-        "reward 2": "reward_attempt2",
-        "edit distance": "edit_distance_ratio",
-        "n": "n",
-    }
-    kind = lambda e: (
-        " (eval only)" * ("eval_only" in e)
-        or " (given adapter)" * ("adapter" in e)  # noqa: E731
-        or " (validation)" * ("held_out" in e)
-    )
-    rows = [e | {"checkpoint": e["checkpoint"] + kind(e)} for e in evals]
-    table = markdown([list(columns), *([row.get(key) for key in columns.values()] for row in rows)])
-    split = (
-        {"checkpoint": "checkpoint"}
-        | {
-            f"{title} {number}": f"{name}_attempt{number}"
-            for title, name in (("flexible", "flexible_acc"), ("unanswered", "unanswered"), ("cut off", "truncated"))
-            for number in (1, 2)
-        }
-        | {
-            "unanswered->c": "unanswered_to_correct",
-            "wrong->c": "wrong_to_correct",
-            "c->unanswered": "correct_to_unanswered",
-            "c->wrong": "correct_to_wrong",
-            "wrong 1": "wrong_answered",
-            "mended": "wrong_mended",
-            "repeated": "wrong_repeated",
-        }
-    )
-    if any("wrong_answered" in e for e in evals):  # not in runs of older versions
-        table += "\n\nCorrections, shares of the rows (mended and repeated: of the wrong first attempts):\n\n"
-        table += markdown([list(split), *([row.get(key) for key in split.values()] for row in rows)])
-    votes = [
-        [e["checkpoint"], int(key[14:]), e[key], e[key.replace("parallel", "sequential")]]
-        for e in evals
-        for key in e
-        if key.startswith("vote_parallel_")
-    ]
-    if not votes:
-        return table
-    header = ["checkpoint", "attempts", "vote of that many first attempts", "of half as many, each corrected once"]
-    return f"{table}\n\n{markdown([header, *votes])}"
-
-
-def markdown(rows: list[list[Any]]) -> str:
-    """A table whose first row is the header."""
-    show = lambda v: (
-        ""
-        if v is None
-        else f"{v:.3f}"
-        if isinstance(v, float)  # noqa: E731
-        else f"{v[0]:+.3f} to {v[1]:+.3f}"
-        if isinstance(v, list)
-        else str(v)
-    )
-    cells = [[show(value) for value in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
-
-
-@on_main
-def draw_curves(folder: Path) -> None:
-    """curves.png: rewards, accuracy, KL, lengths and corrections by step (faint: each step), stages marked."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    events = read_lines(folder / "metrics.jsonl")
-    steps = [e for e in events if e["event"] == "train"]
-    evals = [e for e in events if e["event"] == "eval" and "eval_only" not in e]
-    tested, validated = ([e for e in evals if ("held_out" in e) == which] for which in (False, True))
-    signs = "dots: test, diamonds: validation" if validated else "dots: held out"
-    x = [e["global_step"] for e in steps]
-    window = np.ones(max(1, len(x) // 20))
-    panels = {
-        "reward": "mean reward of rollouts",
-        "acc": f"accuracy ({signs}, 95% interval)",
-        "reward_gap": "reward gap (attempt 2 - attempt 1)",
-        "corrections": f"corrected rows ({signs})",
-        "kl": "KL to the reference, per token (K3)",
-        "completion_tokens": "completion tokens",
-        "truncated": "cut off by the budget (dashed: unanswered)",
-        "wrong first attempts": "of the answered wrong first attempts",
-    }
-    blue, orange, green, red = (f"tab:{color}" for color in ("blue", "orange", "green", "red"))
-    curves = {
-        "reward_gap": [("reward_gap", green, None)],
-        "corrections": [
-            ("wrong_to_correct", green, "wrong -> correct"),
-            ("unanswered_to_correct", red, "unanswered -> correct"),
-        ],
-        "wrong first attempts": [("wrong_mended", green, "mended"), ("wrong_repeated", red, "repeated")],
-    }
-    for name in panels.keys() - curves.keys():
-        curves[name] = [(f"{name}_attempt{n}", color, f"attempt {n}") for n, color in ((1, blue), (2, orange))]
-    curves["truncated"] += [("unanswered_attempt1", blue, None), ("unanswered_attempt2", orange, None)]
-    figure, axes = plt.subplots(2, 4, figsize=(17, 6.5), layout="constrained")
-    for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
-        for key, color, label in curves[name]:
-            values = np.array([e.get(key) for e in steps], dtype=float)  # NaN: not there, as in older runs
-            known = np.isfinite(values)
-            if known.any():
-                counts = np.convolve(known, window)[: len(x)]
-                smooth = np.convolve(np.nan_to_num(values), window)[: len(x)] / np.maximum(counts, 1)
-                axis.plot(x, values, color=color, alpha=0.25, linewidth=0.8)
-                axis.plot(x, smooth, "--" if key.startswith("unanswered_attempt") else "-", color=color, label=label)
-            for rows, sign in ((tested, "o"), (validated, "D")) if name in ("acc", "corrections") else ():
-                held_out = np.array([e.get(key) for e in rows], dtype=float)
-                bounds = [e.get(f"{key}_interval") or [e.get(key)] * 2 for e in rows]  # accuracies have some
-                low, high = np.array(bounds, dtype=float).reshape(-1, 2).T
-                axis.errorbar(
-                    [e["global_step"] for e in rows],
-                    held_out,
-                    (held_out - low, high - held_out),
-                    fmt=sign,
-                    color=color,
-                    mec="black",
-                    ecolor="black",
-                    elinewidth=0.8,
-                    capsize=3,
-                    markersize=6 if sign == "o" else 3,
-                )
-        boundary = max((e["global_step"] for e in steps if e["stage"] == 1), default=None)
-        if boundary and boundary < x[-1]:
-            axis.axvline(boundary + 0.5, color="gray", linestyle="--", linewidth=1)
-            for text, side in (("Stage I ", "right"), (" Stage II", "left")):
-                axis.text(boundary + 0.5, 0.99, text, transform=axis.get_xaxis_transform(), ha=side, va="top", size=8)
-        if name == "kl" and steps:  # K3 has a heavy tail: one token can be worth a hundred steps
-            each = np.array([[e["kl_attempt1"], e["kl_attempt2"]] for e in steps], dtype=float)
-            usual = 4 * np.nanquantile(each, 0.95) if np.isfinite(each).any() else 0
-            if 0 < usual < np.nanmax(each):
-                axis.set_ylim(-0.02 * usual, usual)
-                title += ", peaks cut off"
-        axis.axhline(0, color="black", linewidth=0.5)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("optimizer step")
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(fontsize=7)
-    with writing(folder / "curves.png"):
-        figure.savefig(folder / ".curves.png.tmp", dpi=110, format="png")
-        os.replace(folder / ".curves.png.tmp", folder / "curves.png")
-    plt.close(figure)
-
-
-def model_card(config: Config, evals: list[dict[str, Any]], folder: Path) -> str:
-    """The README.md of a saved adapter: the hub's metadata, how it was made and measured, how to load it."""
-    evals = [e for e in evals if "eval_only" not in e]
-    label = folder.name if folder.name.startswith("stage") else f"{folder.parent.name}/{folder.name}"
-    final = [e for e in evals if e["checkpoint"] == label and "adapter" not in e]
-    local = {name: Path(name).exists() for name in (config.model.name, config.dataset.name)}  # the hub refuses these
-    base, data = (Path(name).name if local[name] else name for name in (config.model.name, config.dataset.name))
-    metadata = huggingface_hub.ModelCardData(
-        base_model=None if local[config.model.name] else base,
-        datasets=None if local[config.dataset.name] else [data],
-        library_name="peft",
-        pipeline_tag="text-generation",
-        model_name=config.run_name if final else None,
-        tags=["lora", "score", "self-correction", "reinforcement-learning"],
-        eval_results=[
-            huggingface_hub.EvalResult(
-                task_type="text-generation",
-                dataset_name=data,
-                dataset_type=data,
-                dataset_split=e.get("held_out"),
-                metric_type="accuracy",
-                metric_name=f"accuracy of attempt {number}",
-                metric_value=e[f"acc_attempt{number}"],
-            )
-            for e in final[-1:]
-            for number in (1, 2)
-        ]
-        or None,
-    )
-    train, last = config.train, "stage2" if config.train.stage2_epochs else "stage1"
-    where = config.output.push_to_hub if config.output.push_to_hub and folder.name == last else folder
-    table = f"In the table, `{label}` is this adapter on held-out rows.\n" if final else "Not evaluated yet.\n"
-    table += f"\n{results_table(evals)}\n" if evals else ""
-    reward = ", ".join(f"`{name}`" for name in config.reward.names)
-    reward += f", weighted {config.reward.weights}," if config.reward.weights else ""
-    system = f"System prompt:\n\n```\n{config.prompts.system}\n```\n\n" if config.prompts.system else ""
-    opening = [{"role": "system", "content": config.prompts.system}] if system else []
-    opening, budget = opening + example_turns(config.prompts), train.max_new_tokens_attempt2
-    turns = json.dumps(example_turns(config.prompts), indent=1, ensure_ascii=False)
-    examples = (
-        "Worked examples, sent before the problem as earlier turns, with their reasoning also where the chat "
-        f"template would cut it:\n\n```json\n{turns}\n```\n\n"
-        if config.prompts.examples
-        else ""
-    )
-    return f"""---
-{metadata.to_yaml()}
----
-
-# {config.run_name}
-
-A LoRA adapter (r = {config.model.lora.r}) of `{base}`, trained by reinforcement learning to correct its own answers:
-SCoRe, [Kumar et al., ICLR 2025](https://arxiv.org/abs/2409.12917). Data: `{data}`. Reward: {reward} with
-`{config.reward.answer_extractor}`. Learning rate {train.learning_rate:g}, alpha {train.alpha:g}, beta1 {train.beta1:g},
-beta2 {train.beta2:g}, seed {train.seed}. {table}
-## Prompts
-
-{system}{examples}Sent after the first answer (as the token ids it came in, not encoded anew), to get the corrected one:
-
-```
-{config.prompts.self_correction.strip()}
-```
-
-## Use
-
-```python
-import torch
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-
-model, tokenizer = AutoPeftModelForCausalLM.from_pretrained("{where}"), AutoTokenizer.from_pretrained("{where}")
-
-def encode(turns):
-    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text.split("FIRST ATTEMPT")[-1], add_special_tokens=False)["input_ids"]
-
-def answer(ids):
-    out = model.generate(input_ids=torch.tensor([ids], device=model.device), max_new_tokens={budget}, do_sample=False,
-                         repetition_penalty=1.0)
-    return [token for token in out[0, len(ids):].tolist() if token not in tokenizer.all_special_ids]
-
-turns = {opening!r}
-turns += [{{"role": "user", "content": "A pen costs 3 dollars. What do 7 cost?"}}]
-question = encode(turns)
-first = answer(question)
-correction = {config.prompts.self_correction!r}
-turns += [{{"role": "assistant", "content": "FIRST ATTEMPT"}}, {{"role": "user", "content": correction}}]
-second = answer(question + first + encode(turns))
-```
-"""
-
-
-@on_main
-def start_wandb(run: Run, run_id: str | None) -> None:
-    """Starts W&B: online with a login and a network, else offline; never prompts, never waits, never stops a run."""
-    project = run.config.wandb_project
-    if not project or os.environ.get("WANDB_MODE") == "disabled":
-        return
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb_reachable() else "offline")
-    with at_the_loggers_risk(run):
-        import wandb
-
-        run.wandb = wandb.init(
-            project=project,
-            name=run.config.run_name,
-            config=run.config.model_dump(),
-            dir=str(run.folder),
-            mode=mode,
-            id=run_id,
-            resume="allow" if run_id else None,
-            settings=wandb.Settings(silent=True, console="off", init_timeout=20, x_disable_stats=True),
-        )
-        run.wandb.define_metric("*", step_metric="global_step")
-    if mode == "offline" and run.wandb:
-        say(f"W&B is offline; later: wandb sync {run.folder / 'wandb'}/offline-run-*")
-
-
-def log_to_wandb(run: Run, event: dict[str, Any], samples: list[dict[str, Any]]) -> None:
-    """Numbers under stage1/, stage2/, eval/ or validation/ on one global step; with an evaluation also tables of
-    rollouts, curves.png, and the results as the run's summary."""
-    import wandb
-
-    numbers = {key: value for key, value in event.items() if isinstance(value, (int, float))}
-    prefix = event.get("held_out", "eval") if event["event"] == "eval" else f"stage{event['stage']}"
-    values: dict[str, Any] = {f"{prefix}/{key}": value for key, value in numbers.items()}
-    if event["event"] == "train":
-        run.rollouts = (run.rollouts + samples)[-100:]
-    else:
-        for name, rows in ((f"{prefix}/samples", samples[:100]), ("train/rollouts", run.rollouts)):
-            if rows:
-                values[name] = wandb.Table(columns=list(rows[0]), data=[[row.get(k) for k in rows[0]] for row in rows])
-        values["curves"] = wandb.Image(str(run.folder / "curves.png"))
-        run.wandb.summary.update({f"{event['checkpoint']}/{key}": value for key, value in numbers.items()})
-        run.rollouts = []
-    run.wandb.log(values | {"global_step": event["global_step"]})
-
-
-@contextmanager
-def at_the_loggers_risk(run: Run) -> Iterator[None]:
-    """A logger must not stop a run: whatever W&B raises is said in a line, and W&B is off from there on."""
-    try:
-        yield
-    except Exception as error:
-        say(f"W&B is off from here on: {first_line(error)}")
-        run.wandb = None
-
-
-def wandb_reachable() -> bool:
-    """A login (WANDB_API_KEY or ~/.netrc), and a server that answers within 3 seconds."""
-    url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    try:
-        login = os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators(url.hostname)
-        if login:
-            socket.create_connection((url.hostname, url.port or 443), timeout=3).close()
-        return bool(login)
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def say_best_on_validation(run: Run) -> None:
-    """The checkpoint with the highest Acc@t2 on the validation rows; a choice that is left to the reader."""
-    validated = [e for e in run.evals() if "held_out" in e and not e["checkpoint"].endswith("/step_0")]
-    if not validated:
-        return
-    best, last = max(reversed(validated), key=lambda e: e["acc_attempt2"]), validated[-1]  # the latest of equals
-    stage = best["checkpoint"].partition("/")[0]
-    ends_stage = [e for e in validated if e["checkpoint"].startswith(stage)][-1] is best
-    place = run.folder / (stage if ends_stage else best["checkpoint"])
-    gone = "" if place.exists() else ", no longer kept (output.keep_checkpoints)"
-    say(
-        f"Best on the {best['n']} validation rows: {place}{gone}, Acc@t2 {best['acc_attempt2']:.3f}"
-        + f"; of the last, which output.* merges and pushes, {last['acc_attempt2']:.3f}" * (best is not last)
-        + "."
-    )
-
-
-def hand_over(args: argparse.Namespace, config: Config, run: Run, policy: Policy) -> None:
-    """When all is trained, one process goes on alone: the table, the merged model, the upload."""
-    say("\n" + results_table(run.evals()), always=True)
-    say_best_on_validation(run)
-    if run.wandb:
-        with at_the_loggers_risk(run):
-            run.wandb.finish()
-    final = max(run.folder.glob("stage[12]/adapter_config.json"), default=None) if not args.eval_only else None
-    if final and config.output.merge:
-        save_merged(policy, run.folder / "merged")
-    if final and config.output.push_to_hub:
-        push_to_hub(final.parent, config.output.push_to_hub)
-    say(f"Done in {time.time() - run.started:.0f} s: {where_to_look(config)}")
-
-
-# ---------------------------------------------------------------------------------------------------------- signals
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; everything that is finished has been saved."""
-
-
-SIGNALS_SEEN: list[float] = []  # their times
-
-
-def note_signal(number: int, _frame: Any) -> None:
-    """First Ctrl-C or SIGTERM: stop after the step in hand. Second: at once."""
-    SIGNALS_SEEN.append(time.monotonic())
-    if len(SIGNALS_SEEN) == 1 and MAIN:
-        os.write(1, b"Stopping at the next safe point; once more to stop at once.\n")  # print may be in use
-    elif PROCESSES.num_processes == 1 or SIGNALS_SEEN[-1] - SIGNALS_SEEN[0] > 2:  # launchers pass a Ctrl-C on
-        os._exit(130)
-
-
-def asked_to_stop() -> bool:
-    """Has any process had a signal? All of them ask together."""
-    return any(gather_object([bool(SIGNALS_SEEN)]))
-
-
-def stop_if_asked() -> None:
-    if asked_to_stop():
-        raise Interrupted
-
-
-# ------------------------------------------------------------------------------------------------------------ start
+class GraphSampler(Decoder):
+    """Samples with the model's own forward over a static cache: for architectures that Decoder does not know.
+
+    On CUDA a token step is one graph, on a CPU it runs as it is. Prompts are padded on the left, so that all rows
+    write to the same slot. The cache must stay where the graph has seen it, so both go after use if it is large."""
+
+    name = "a graph of the model's own forward"
+    compact, before = False, 0  # before: bytes allocated without the cache
+    conversation, forget = Generate.conversation, Generate.forget
+
+    def __init__(self, policy: Policy):
+        self.policy, self.base, self.live, rope = policy, policy.model.get_base_model(), True, str(policy.model.config)
+        if '"dynamic"' in rope or '"longrope"' in rope:
+            raise ValueError("its rotary embedding depends on the length of the row")
+        self._set_up(policy)
+
+    def generate(self, *request: Any, **more: Any) -> Made:
+        """As Decoder.generate."""
+        live = not any(getattr(module, "disable_adapters", None) is True for module in self.base.modules())
+        if live != self.live or not self.graphed:
+            self.release()  # a graph has the adapter or has it not
+        self.live = live
+        with generating(self.policy):
+            torch.set_autocast_cache_enabled(False)  # a graph has to cast the LoRA weights anew at each replay
+            try:
+                return super().generate(*request, **more)
+            finally:
+                torch.set_autocast_cache_enabled(True)
+                if self.graphed and torch.cuda.memory_allocated() - self.before > 0.05 * torch.cuda.mem_get_info()[1]:
+                    self.release()
+
+    def _start(self, prompts: Rows, rows: int, max_new_tokens: int, *how) -> None:
+        ids, mask = pad_left(prompts + [prompts[0]] * (rows - len(prompts)), self.pad)
+        width = ids.shape[1]
+        self._reserve(rows, max_new_tokens, width + max_new_tokens)
+        self.real[:, :width], self.real[:, width:] = mask, 1
+        again = self.graphed and max_new_tokens > 1 and rows not in self.graphs
+        for capture in [True, False] if again else [False]:  # capturing moves the cache on: prefill again
+            self.static.reset()
+            self._begin([*range(len(prompts))], mask.sum(-1).tolist(), (0, 0, 0, max_new_tokens), *how)
+            self._choose(self._logits(ids, (mask.cumsum(-1) - 1).clamp(min=0), mask), rows)
+            if capture:
+                self._graph(rows)
+
+    def _reserve(self, rows: int, new: int, slots: int) -> None:
+        if self.static is not None and (len(self.real) != rows or self.real.shape[1] < slots):
+            self.release()
+        super()._reserve(rows, new, 1)
+        if self.static is None:
+            slots = triton.cdiv(slots + 2, 128) * 128 if self.graphed else slots  # warming up takes two slots
+            self.before = torch.cuda.memory_allocated() if self.graphed else 0
+            kinds, config = transformers.cache_utils, self.base.config
+            if config.get_text_config() is not config:
+                raise ValueError("it is a composite model")
+            # A graph cannot roll a window: sliding layers hold all slots too, and the mask hides what is outside.
+            self.static, window = kinds.StaticCache(config=config, max_cache_len=slots), kinds.StaticSlidingWindowLayer
+            layers = [kinds.StaticLayer(slots) if type(layer) is window else layer for layer in self.static.layers]
+            known = kinds.StaticLayer, kinds.LinearAttentionLayer, kinds.LinearAttentionAndStaticFullAttentionLayer
+            if odd := {type(layer).__name__ for layer in layers if type(layer) not in known}:
+                raise ValueError(f"its cache has {', '.join(sorted(odd))}")
+            self.static.layers = layers
+            self.real = torch.ones(rows, slots, dtype=torch.long, device=self.device)  # 0: a pad
+
+    def _step(self, rows: int) -> None:
+        self._choose(self._logits(self.state[0, :rows, None], self.state[1, :rows, None], self.real), rows)
+
+    def _logits(self, ids: torch.Tensor, positions: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, V] of the token after ids [rows, n] at these positions, which go to the next n slots."""
+        make = getattr(self.base, "create_masks_for_generate", transformers.masking_utils.create_masks_for_generate)
+        shape = torch.empty(*ids.shape, 0, dtype=self.dtype, device=self.device)
+        where = dict(past_key_values=self.static, position_ids=positions)
+        masks = make(config=self.base.config, inputs_embeds=shape, attention_mask=real, **where)
+        return self.base(input_ids=ids, attention_mask=masks, use_cache=True, logits_to_keep=1, **where).logits[:, -1]
+
+
+# ------------------------------------------------------------------------------------------------------------- main
 
 
 def main(args: argparse.Namespace, config: Config) -> int:
-    """Runs and turns every way of ending into an exit code: 0 done, 2 the user's input, 130 interrupted, 1 the rest."""
+    """Runs, and turns every way of ending into an exit code: 0 done, 2 bad input, 130 interrupted, 1 the rest."""
     global QUIET
     QUIET = args.quiet
-    signal.signal(signal.SIGINT, note_signal)
-    signal.signal(signal.SIGTERM, note_signal)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, on_signal)
     try:
-        with watching_peers():
-            run, policy = train_and_evaluate(args, config)
-        hand_over(args, config, run, policy)
+        train_and_evaluate(args, config)
+        return 0
     except UserError as error:
-        code, line = 2, error if MAIN else f"Process {PROCESSES.process_index}: {error}"
+        code, line = 2, error
     except RewardError as error:
-        key = "answer_extractor" if str(error).startswith("answer extractor") else "fn"
-        code, line = 2, f"reward.{key}: {error}"
+        code, line = 2, f"reward: {error}"
     except Interrupted:
-        again = shlex.join(part for part in sys.argv if part not in ("--resume", "--overwrite"))
-        shown = where_to_look(config)
-        shown = f"Interrupted. So far: {shown}." if shown else "Interrupted."
-        code, line = 130, f"{shown} Continue with: python {again}{' --resume' * (not args.eval_only)}"
+        code, line = 130, f"Interrupted. Go on with: {resume_command(args, config)}"
     except RunError as error:
         code, line = 1, error
     except torch.OutOfMemoryError:
-        code, line = (
-            1,
-            (
-                "Out of GPU memory in a rollout; lower train.stage1_batch_size, train.stage2_batch_size or "
-                "train.num_generations (in an evaluation: eval.batch_size, eval.samples)"
-            ),
-        )
+        code, line = 1, "Out of GPU memory in a rollout; lower model.fast_inference_gpu_mem or the batch sizes"
     except OSError as error:
         code, line = 1, f"{error.filename or config.output.dir}: {error.strerror or error}"
-    except RuntimeError as error:
-        if PROCESSES.num_processes == 1:
-            raise
-        code, line = 1, f"Process {PROCESSES.process_index} stops, as another has: {first_line(error)}"
-    else:
-        PROCESSES.destroy_process_group()
-        return 0
-    if MAIN or code != 130:
-        print(line, file=sys.stderr)
+    with suppress(OSError):  # the terminal may have gone
+        print(line, file=sys.stderr, flush=True)
     return code
+
+
+def resume_command(args: argparse.Namespace, config: Config) -> str:
+    """What to type to go on after an interruption."""
+    words = ["python", sys.argv[0], "--config", args.config]
+    words += ["--set", *args.set] if args.set else []
+    words += ["--smoke", str(args.smoke)] if args.smoke else []
+    if args.eval_only:
+        return shlex.join(
+            [*words, "--eval-only", *(["--resume-adapter", args.resume_adapter] if args.resume_adapter else [])]
+        )
+    return shlex.join([*words, "--resume"])
 
 
 if __name__ == "__main__":
