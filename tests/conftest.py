@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import logging
 import os
@@ -48,25 +47,19 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the other tests compare float32 numbers
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if marked and not cuda_is_here():
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device and `pytest -m gpu`"))
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device and `pytest -m gpu`")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Prints what tests recorded as `said`, also where they ran in other processes."""
     for report in terminalreporter.getreports("passed"):
-        for name, value in report.user_properties:
-            if name == "said":
-                terminalreporter.write_line(value)
-
-
-def cuda_is_here() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+        for line in (value for name, value in report.user_properties if name == "said"):
+            terminalreporter.write_line(line)
 
 
 def build_tokenizer(eos: str | None = IM_END, pad: str | None = PAD, template: str = STRIPPING_TEMPLATE) -> Any:
@@ -96,23 +89,12 @@ def build_model(
     import transformers
 
     tokenizer = build_tokenizer(**names)
-    ids = tokenizer.convert_tokens_to_ids
+    tags, (end, other_end, pad) = map(tokenizer.convert_tokens_to_ids, (TAGS, [IM_END, END_OF_TEXT, PAD]))
     torch.manual_seed(seed)
-    config = transformers.Qwen3Config(
-        vocab_size=vocab_size or len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=hidden // 4,
-        max_position_embeddings=512,
-        tie_word_embeddings=tied,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=ids(IM_END),
-        pad_token_id=ids(PAD),
-    )
+    sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 2, "head_dim": hidden // 4}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    ids = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": pad, "vocab_size": vocab_size or len(tokenizer)}
+    config = transformers.Qwen3Config(**sizes, **ids, tie_word_embeddings=tied, initializer_range=0.3)
     model = transformers.Qwen3ForCausalLM(config)
     with torch.no_grad():
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -122,16 +104,10 @@ def build_model(
             layer.mlp.down_proj.weight *= 0.4
         if not tied:
             head[:, 0] = 0.0
-            head[[*ids(TAGS), ids(IM_END), ids(END_OF_TEXT)], 0] = 2.0
-    model.generation_config = transformers.GenerationConfig(
-        do_sample=True,
-        temperature=0.6,
-        top_k=5,
-        top_p=0.5,
-        repetition_penalty=1.3,
-        pad_token_id=ids(PAD),
-        eos_token_id=[ids(IM_END), ids(END_OF_TEXT)],
-    )
+            head[[*tags, end, other_end], 0] = 2.0
+    narrowed = {"do_sample": True, "temperature": 0.6, "top_k": 5, "top_p": 0.5, "repetition_penalty": 1.3}
+    ends = {"pad_token_id": pad, "eos_token_id": [end, other_end]}
+    model.generation_config = transformers.GenerationConfig(**narrowed, **ends)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -146,14 +122,14 @@ def build_data(folder: Path, train: int = 24, test: int = 6) -> Path:
     return folder
 
 
-def teach_format(folder: Path, data: Path, steps: int = 60, answer: str = "<answer>{}</answer>") -> Path:
+def teach_format(folder: Path, data: Path, steps: int) -> Path:
     """Trains the model until about half of its samples are answers, right or wrong, so that rewards differ."""
     import random
 
     import torch
     import transformers
 
-    rng, answer = random.Random(0), answer + IM_END
+    rng, answer = random.Random(0), f"<answer>{{}}</answer>{IM_END}"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -190,43 +166,6 @@ def with_keys(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def random_attempt(
-    rng: Any, rows: int, budget: int, eos: int | list[int], vocab: int = 100, longest_prompt: int = 9, after: Any = None
-) -> Any:
-    """A train.Attempt of ragged random rows and random rewards; every other row ends in an EOS, each of `eos` in turn.
-
-    As attempt 2 its prompts are those of `after`, what was answered there (EOS left out) and a bridge of three."""
-    import train
-
-    ends = [eos] if isinstance(eos, int) else eos
-    draw = lambda most, least=1: [rng.randrange(5, vocab) for _ in range(rng.randrange(least, most))]  # noqa: E731
-    prompts = [draw(longest_prompt, 2) for _ in range(rows)]
-    if after:
-        answered = [c[:-1] if c[-1] in ends else c for c in after.completions]
-        prompts = [prompt + answer + [9, 8, 7] for prompt, answer in zip(after.prompts, answered, strict=True)]
-    completions = [draw(budget) for _ in range(rows)]
-    completions = [t + [ends[row // 2 % len(ends)]] if row % 2 else t for row, t in enumerate(completions)]
-    rewards = [rng.choice([0.0, 0.25, 0.5, 1.0]) for _ in range(rows)]
-    return train.Attempt(
-        prompts=prompts,
-        completions=completions,
-        texts=[""] * rows,
-        answers=[""] * rows,
-        rewards=rewards,
-        correct=[False] * rows,
-        flexible=[False] * rows,
-        truncated=[row % 2 == 0 for row in range(rows)],
-        sampled_log_probs=None,
-        seconds=1.0,
-    )
-
-
-def random_attempts(rng: Any, rows: int, budgets: tuple[int, int], eos: int | list[int], **how: Any) -> list[Any]:
-    """[attempt 1, attempt 2] of random conversations."""
-    first = random_attempt(rng, rows, budgets[0], eos, **how)
-    return [first, random_attempt(rng, rows, budgets[1], eos, after=first, **how)]
-
-
 def perturb(policy: Any, scale: float = 0.3, seed: int = 0) -> None:
     """Moves the policy away from its reference: LoRA's B starts at zero."""
     import torch
@@ -250,37 +189,28 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture
-def raw_config(tiny_dir: Path, data_dir: Path, tmp_path: Path) -> dict[str, Any]:
+def tiny_config(model: Path, data: Path, out: Path) -> dict[str, Any]:
     """A whole config as a mapping, valid, for the tiny model."""
+    budgets = {"max_new_tokens_attempt1": 8, "max_new_tokens_attempt2": 12, "max_prompt_length_attempt1": 48}
+    sizes = {"stage1_batch_size": 8, "stage2_batch_size": 8, "micro_batch_size": 4}
     return {
         "run_name": "test",
-        "model": {
-            "name": str(tiny_dir),
-            "max_seq_length": 160,
-            "gradient_checkpointing": False,
-            "lora": {"r": 4, "alpha": 8},
-        },
-        "dataset": {"name": str(data_dir), "input_field": "question", "target_field": "answer"},
+        "model": {"name": str(model), "gradient_checkpointing": False, "lora": {"r": 4, "alpha": 8}},
+        "dataset": {"name": str(data), "input_field": "question", "target_field": "answer"},
         "prompts": {"self_correction": SELF_CORRECTION},
-        "train": {
-            "stage1_batch_size": 8,
-            "stage2_batch_size": 8,
-            "micro_batch_size": 4,
-            "learning_rate": 0.01,
-            "max_new_tokens_attempt1": 8,
-            "max_new_tokens_attempt2": 12,
-            "max_prompt_length_attempt1": 48,
-            "max_prompt_length_attempt2": 100,
-            "seed": 1,
-        },
+        "train": {"learning_rate": 0.01, "seed": 1} | sizes | budgets,
         "eval": {"batch_size": 4},
-        "output": {"dir": str(tmp_path / "outputs")},
+        "output": {"dir": str(out)},
     }
 
 
 @pytest.fixture
-def make_config(raw_config: dict[str, Any]) -> Callable[..., Any]:
+def raw_config(tiny_dir: Path, data_dir: Path, tmp_path: Path) -> dict[str, Any]:
+    return tiny_config(tiny_dir, data_dir, tmp_path / "outputs")
+
+
+@pytest.fixture
+def make_config(raw_config: dict[str, Any]) -> Callable:
     """make_config({"train.seed": 3}) -> the checked Config of the tiny model with these keys changed."""
     import train
 
@@ -288,7 +218,7 @@ def make_config(raw_config: dict[str, Any]) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def make_policy(make_config: Callable[..., Any]) -> Callable[..., Any]:
+def make_policy(make_config: Callable) -> Callable:
     """make_policy(changes, **load_policy's arguments) -> (Policy, Config) of the tiny model."""
     import train
 
@@ -300,15 +230,11 @@ def make_policy(make_config: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def policy(make_policy: Callable[..., Any]) -> Any:
+def policy(make_policy: Callable) -> Any:
     """The tiny policy, its adapter moved away from zero."""
     policy, _ = make_policy()
     perturb(policy)
     return policy
-
-
-def has_module(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
 
 
 # ------------------------------------------------------------------------------------------------- runs in children
@@ -335,14 +261,17 @@ def fork_run(argv: list[str], log: Path, before: Callable[[], Any] | None = None
             for handler in logging.getLogger(name).handlers:
                 if type(handler) is logging.StreamHandler:
                     handler.setStream(sys.stderr)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)
         signal.alarm(LONGEST)
         train.SIGNALS_SEEN.clear()
         sys.argv = ["train.py", *argv]
         if before:
             before()
-        code = as_from_the_shell(argv)
+        code = train.main(*train.parse_command_line(argv))
+    except train.UserError as error:
+        print(error, file=sys.stderr)
+        code = 2
     except SystemExit as error:
         code = error.code
     except BaseException:
@@ -353,25 +282,13 @@ def fork_run(argv: list[str], log: Path, before: Callable[[], Any] | None = None
         os._exit(code)
 
 
-def as_from_the_shell(argv: list[str]) -> int:
-    """What `python train.py argv` does, imports apart."""
-    import train
-
-    try:
-        arguments = train.parse_command_line(argv)
-    except train.UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return train.main(*arguments)
-
-
 def output(log: Path, name: str = "err") -> str:
     return Path(f"{log}.{name}").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
-    """tiny_run(out, *flags) -> arguments of a run of two stages of six steps, a checkpoint every two, the newest kept.
+    """tiny_run(out, *flags) -> arguments of a run of two stages of six steps, a checkpoint every two.
 
     Its questions hold characters of several bytes and one that some readers take for the end of a line."""
     folder = tmp_path_factory.mktemp("tiny_run")
@@ -380,29 +297,11 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str
     for name in ("train", "test"):
         rows = [json.loads(line) for line in (data / f"{name}.jsonl").read_text().splitlines()]
         write_jsonl(data / f"{name}.jsonl", [row | {"question": f"{row['question']}\u2028é\x85"} for row in rows])
-    train_keys = {
-        "stage1_batch_size": 4,
-        "stage2_batch_size": 4,
-        "micro_batch_size": 4,
-        "learning_rate": 0.005,
-        "warmup_steps": 2,
-        "lr_decay": 0.5,
-        "max_new_tokens_attempt1": 8,
-        "max_new_tokens_attempt2": 12,
-        "max_prompt_length_attempt1": 48,
-        "max_prompt_length_attempt2": 100,
-        "seed": 1,
-        "checkpoint_every": 2,
-    }
-    lora = {"r": 4, "alpha": 8, "dropout": 0.1}
-    config = {
-        "run_name": "run",
-        "model": {"name": str(model), "max_seq_length": 160, "gradient_checkpointing": False, "lora": lora},
-        "dataset": {"name": str(data), "input_field": "question", "target_field": "answer"},
-        "prompts": {"self_correction": SELF_CORRECTION},
-        "train": train_keys,
-        "output": {"keep_checkpoints": 1},
-    }
+    keys = {"stage1_batch_size": 4, "stage2_batch_size": 4, "checkpoint_every": 2}
+    keys |= {"learning_rate": 0.005, "warmup_steps": 2, "lr_decay": 0.5}
+    changes = {"run_name": "run", "model.lora.dropout": 0.1, "eval.batch_size": 64}
+    changes |= {f"train.{name}": value for name, value in keys.items()}
+    config = with_keys(tiny_config(model, data, folder / "outputs"), changes)
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(config))
     return lambda out, *flags: ["--config", str(file), "--set", f"output.dir={out}", *flags]
@@ -410,9 +309,9 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str
 
 def no_curves() -> None:
     """Drawing takes longer than the rest of a run, and no test here looks."""
-    import train
+    import profile_run
 
-    train.draw_curves = lambda folder: None
+    profile_run.draw_curves = lambda *args: None
 
 
 def ending(folder: Path) -> dict[str, Any]:

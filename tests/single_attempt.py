@@ -1,9 +1,8 @@
-"""Single-turn RL, an ablation of the paper and a baseline at equal GPU seconds: only attempt 1 is sampled and trained.
+"""Single-turn RL, the baseline at equal GPU seconds and the paper's ablation: attempt 1 alone is sampled and trained.
 
-The training log shows it as both attempts; the evaluations ask for a second one as ever.
+    python tests/single_attempt.py --config configs/gsm8k.yaml --set run_name=single train.stage2_steps=476
 
-    python tests/single_attempt.py --config configs/gsm8k.yaml --set run_name=single train.stage1_epochs=0 \\
-        train.stage2_epochs=0.543
+Takes train.py's flags, leaves Stage I out, evaluates both attempts as ever; the training log shows the first as both.
 """
 
 from __future__ import annotations
@@ -11,23 +10,47 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+def train_first_attempts(train: Any) -> Any:
+    """Patch of train.training_step: no second attempt is sampled, and the loss has attempt 1's terms alone."""
+    whole_step, train_step = train.training_step, train.train_step
+
+    def roll_out(policy: Any, examples: list, config: Any, temperature: float, seed: str, _: int = 1) -> list[list]:
+        prompts = [example.prompt for example in examples]
+        turns = train.take_turns(policy, prompts, examples, config, temperature, f"{seed}/1", [])
+        return [[turn, turn] for turn in turns]  # the second is for the log
+
+    def update(policy: Any, optimizer: Any, conversations: list[list], stage: int, settings: Any) -> dict[str, Any]:
+        figures = train_step(policy, optimizer, [c[:1] for c in conversations], stage, settings)
+        return figures | {"kl_attempt2": figures["kl_attempt1"]}
+
+    def stage_returns(_: int, conversations: list[list], settings: Any) -> tuple[Any, list[float]]:
+        returns = [[c[0].reward] for c in conversations]
+        return train.torch.tensor(returns, dtype=train.torch.float64), [settings.beta1]
+
+    def advantages(returns: Any, _: int, settings: Any) -> Any:
+        alone = settings.baseline == "none"
+        return returns if alone else train.minus_others(returns[:, 0], settings.num_generations)[:, None]
+
+    def training_step(*args: Any) -> tuple[dict[str, Any], list[list]]:
+        ours = {"roll_out": roll_out, "train_step": update, "stage_returns": stage_returns, "advantages": advantages}
+        with mock.patch.multiple(train, **ours, balanced=lambda credit, *_: credit):
+            figures, conversations = whole_step(*args)
+        return figures | {"tokens_per_second": figures["tokens_per_second"] / 2}, conversations
+
+    return mock.patch.object(train, "training_step", training_step)
+
+
 def main() -> int:
-    """Runs train.py with terms for attempt 1 alone, and no attempt 2 in Stage II's rollouts."""
     import train
 
-    roll_out = train.roll_out
-
-    def roll_out_once(*args: Any, **how: Any) -> list[Any]:
-        evaluates = len(args) == 6  # evaluate gives the number of attempts, train_stage leaves it out
-        return roll_out(*args, **how) if evaluates else roll_out(*args, 1, **how) * 2
-
-    train.stage_terms = lambda stage, r1, r2, config: [(r1, config.beta1)]
-    train.roll_out = roll_out_once
-    return train.main(*train.parse_command_line())
+    sys.argv += ["--set", "train.stage1_steps=0"]
+    with train_first_attempts(train):
+        return train.main(*train.parse_command_line())
 
 
 if __name__ == "__main__":

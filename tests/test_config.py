@@ -1,28 +1,38 @@
-"""Every class of fault in a config is named with its key, all at once, before anything slow is imported."""
+"""Configs, flags and adapters: what is wrong is named by its key, all at once, before anything slow is imported."""
 
 from __future__ import annotations
 
+import copy
+import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, with_keys
+from conftest import PLAIN_TEMPLATE, ROOT, fork_run, no_curves, output, with_keys
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import train
 
 
-def faults(raw: dict[str, Any]) -> list[str]:
+def refusal(call: Callable[..., Any], *args: Any) -> list[str]:
+    """The lines of the UserError that a call raises."""
     with pytest.raises(train.UserError) as caught:
-        train.check_config(raw)
-    return str(caught.value).splitlines()
+        call(*args)
+    return str(caught.value).split("\n")
+
+
+def named(lines: list[str]) -> list[str]:
+    """What each line of a refusal is about."""
+    assert all(": " in line for line in lines), lines
+    return sorted(line.split(": ")[0] for line in lines)
 
 
 @pytest.fixture
@@ -32,335 +42,387 @@ def config_file(raw_config: dict[str, Any], tmp_path: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "words"),
-    [
-        ("train.learnin_rate", 1e-5, ["did you mean", "learning_rate"]),
-        ("modle", {}, ["did you mean", "model"]),
-        ("model.lora.rank", 8, ["unknown"]),
-        ("train.lora", {"r": 8}, ["model.lora"]),
-        ("learning_rate", 1e-5, ["train.learning_rate"]),  # the right name in the wrong section
-        ("train.max_grad_norm", "high", ["number", "high"]),
-        ("train.micro_batch_size", "8", ["integer", "'8'"]),
-        ("train.micro_batch_size", 8.0, ["integer", "8.0"]),
-        ("train.micro_batch_size", True, ["integer", "True"]),
-        ("train.alpha", True, ["number", "True"]),
-        ("run_name", 7, ["string", "7"]),
-        ("model.load_in_4bit", 1, ["boolean", "1"]),
-        ("model.load_in_4bit", "yes", ["boolean", "yes"]),
-        ("model.gradient_checkpointing", "unslot", ["unslot"]),
-        ("model.lora.target_modules", "q_proj", ["list", "q_proj"]),
-        ("model.lora.target_modules", [], ["at least 1"]),
-        ("model.lora", None, ["LoraConfig", "None"]),
-        ("train", 5, ["5"]),
-        ("train.learning_rate", 0, ["greater than 0"]),
-        ("train.learning_rate", float("nan"), ["nan"]),
-        ("train.lr_decay", 1.5, ["less than or equal to 1"]),
-        ("train.beta1", -0.1, ["greater than or equal to 0", "-0.1"]),
-        ("train.beta1", float("inf"), ["finite"]),
-        ("train.generation_temperature", 0, ["greater than 0"]),
-        ("train.max_new_tokens_attempt1", 0, ["greater than or equal to 1"]),
-        ("train.num_generations", 0, ["greater than or equal to 1"]),
-        ("train.stage1_epochs", -1, ["greater than or equal to 0"]),
-        ("train.seed", -1, ["greater than or equal to 0"]),
-        ("train.checkpoint_every", 0, ["greater than or equal to 1"]),
-        ("model.lora.dropout", 1.0, ["less than 1"]),
-        ("eval.generation_temperature", -1.0, ["greater than or equal to 0"]),
-        ("train.baseline", "leave-one-out", ["did you mean leave_one_out"]),
-        ("train.length_norm", "token", ["'sequence' or 'constant'"]),
-        ("reward.fn", "format_and_mach", ["did you mean format_and_match"]),
-        ("reward.fn", ["exact_match", "exact_mach"], ["'exact_mach' is not registered", "did you mean exact_match"]),
-        ("reward.fn", "no_such_package.rewards.right", ["no package no_such_package", "reward.module"]),
-        ("reward.fn", "trl.rewards.accuracy reward", ["is not registered"]),
-        ("reward.fn", [], ["list of names", "[]"]),
-        ("reward.fn", ["exact_match", 1], ["list of names"]),
-        ("reward.fn", 5, ["list of names", "5"]),
-        ("reward.weights", [1.0, 0.2], ["reward.fn: 1, not 2"]),
-        ("reward.weights", "high", ["list", "high"]),
-        ("reward.columns", "solution", ["dict", "solution"]),
-        ("reward.completions", "conversation", ["did you mean conversational"]),
-        ("reward.answer_extractor", "gsm8k", ["gsm8k_hash"]),
-        ("run_name", "../elsewhere", ["../elsewhere"]),
-        *([] if find_spec("vllm") else [("model.fast_inference", True, ["vLLM"])]),
-    ],
-)
-def test_a_fault_is_named_by_key_value_and_mend(raw_config: dict, key: str, value: Any, words: list[str]) -> None:
-    lines = faults(with_keys(raw_config, {key: value}))
-    mine = [line for line in lines if line.startswith(f"{key}:")]
-    assert mine, lines
-    for word in words:
-        assert word in "\n".join(mine)
+# ----------------------------------------------------------------------------------------------------------------- keys
+
+BAD_VALUES = {
+    "modle": [{}], "learning_rate": [1e-5], "train.learnin_rate": [1e-5], "train.lora": [{"r": 8}],
+    "train.importance_clip": [2.0], "train.learning_rate": ["high", 0, math.nan, "nan"],
+    "train.alpha": [math.inf, True, "x" * 100_000], "train.beta1": [-0.1], "train.lr_decay": [1.5],
+    "train.attempt2_weight": [0], "train.micro_batch_size": ["8", 8.0, True], "train.stage1_epochs": [-1],
+    "train.stage2_steps": [1.5], "train.num_generations": [0], "train.generation_temperature": [0],
+    "train.max_new_tokens_attempt1": [0], "train.checkpoint_every": [0], "train.seed": [-1, 2**70, "three", None],
+    "train.baseline": ["batch"], "train.length_norm": ["token"], "eval.generation_temperature": [-1.0],
+    "eval.max_examples": [0], "model.name": ["", 3], "model.load_in_4bit": ["yes", 1], "model.max_seq_length": [7],
+    "model.gradient_checkpointing": ["unslot"], "model.fast_inference_gpu_mem": [1.5], "model.lora.rank": [8],
+    "model.lora.dropout": [1.0], "model.lora.target_modules": ["q_proj", []], "dataset.input_field": [None],
+    "dataset.test_split_size": [0], "prompts.self_correction": [""], "prompts.examples": [{"input": "1+1=?"}],
+    "reward.fn": ["format_and_mach", "no_such_package.right", "trl.rewards.a b", [], ["exact_match", "nope"], [1], 5],
+    "reward.weights": ["high"], "reward.columns": ["solution"], "reward.answer_extractor": ["gsm8k"],
+    "reward.match": ["equals"], "reward.module": ["nowhere.py"], "output.push_to_hub": ["no slash"],
+    "run_name": [7, "../elsewhere", "/elsewhere", "..", "a\n", "a/b", "", "a" * 300],
+}  # fmt: skip
+BAD = [  # (changes, the key that the line must name, what the line must also say)
+    *(({key: value}, key, "") for key, values in BAD_VALUES.items() for value in values),
+    ({"train": [1]}, "train", ""), ({"model": None}, "model", ""), ({"train.a\nb": 1}, "train.'a\\nb'", ""),
+    ({"model.lora.target_modules": ["q_proj", 5]}, "model.lora.target_modules.1", "5"),
+    ({"prompts.examples": [{"input": "1+1=?"}]}, "prompts.examples.0.output", "required"),
+    ({"prompts.examples": [{"input": "1+1=?", "output": " "}]}, "prompts.examples.0.output", ""),
+    ({"prompts.examples": [{"input": "1", "output": "2", "outptu": "2"}]}, "prompts.examples.0.outptu", "unknown"),
+    ({"train.learnin_rate": 1e-5}, "train.learnin_rate", "did you mean train.learning_rate?"),
+    ({"modle": {}}, "modle", "did you mean model?"), ({"train.lora": {"r": 8}}, "train.lora", "model.lora"),
+    ({"learning_rate": 1e-5}, "learning_rate", "train.learning_rate"),
+    ({"train.baseline": "leave-one-out"}, "train.baseline", "did you mean leave_one_out?"),
+    ({"reward.fn": "format_and_mach"}, "reward.fn", "did you mean format_and_match"),
+    ({"reward.answer_extractor": "gsm8k"}, "reward.answer_extractor", "did you mean gsm8k_hash"),
+    # between keys
+    ({"train.max_prompt_length_attempt2": 56}, "train.max_prompt_length_attempt2", "57"),
+    ({"model.max_seq_length": 68}, "model.max_seq_length", "69"),
+    ({"model.max_seq_length": 111, "train.max_prompt_length_attempt2": 100}, "model.max_seq_length", "112"),
+    ({"dataset.split": "train"}, "dataset.test_split_size", ""),
+    ({"train.stage1_batch_size": 1}, "train.stage1_batch_size", ""),
+    ({"train.stage2_batch_size": 1}, "train.stage2_batch_size", ""),
+    ({"train.stage1_batch_size": 1, "train.num_generations": 4, "train.stage1_corrections": 4},
+     "train.stage1_batch_size", ""),
+    ({"train.num_generations": 4, "train.stage1_corrections": 3}, "train.stage1_corrections", "4"),
+    ({"train.oversample": 2}, "train.oversample", "num_generations"),
+    ({"train.oversample": 2, "train.num_generations": 2, "train.baseline": "none"}, "train.oversample", "baseline"),
+    ({"reward.weights": [1.0, 0.2]}, "reward.weights", "1"),
+    ({"reward.fn": ["exact_match", "json.dumps"], "reward.weights": [1.0]}, "reward.weights", "2"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("key", ["run_name", "model", "model.name", "dataset", "dataset.name", "dataset.input_field"])
-def test_a_missing_required_key_is_named(raw_config: dict, key: str) -> None:
+@pytest.mark.parametrize(("changes", "key", "says"), BAD, ids=[key for _, key, _ in BAD])
+def test_check_config_names_the_faulty_key(raw_config: dict, changes: dict, key: str, says: str) -> None:
+    (line,) = refusal(train.check_config, with_keys(raw_config, changes))
+    assert line.startswith(f"{key}: ")
+    assert says in line
+    assert len(line) < 400
+
+
+def test_check_config_reports_all_faults_at_once(raw_config: dict) -> None:
+    """Every field fault, and the faults between the keys of a section that has no other."""
+    single = {key: values[0] for key, values in BAD_VALUES.items() if key != "reward.module"}
+    assert named(refusal(train.check_config, with_keys(raw_config, single))) == sorted(single)
+    between = {"train.max_prompt_length_attempt2": 20, "train.stage1_batch_size": 1, "train.stage2_batch_size": 1}
+    changes = between | {"train.oversample": 2, "model.name": 3}
+    assert named(refusal(train.check_config, with_keys(raw_config, changes))) == sorted(changes)
+
+
+@pytest.mark.parametrize("key", ["run_name", "model", "model.name", "dataset", "dataset.name", "dataset.target_field"])
+def test_check_config_required_key(raw_config: dict, key: str) -> None:
     *parents, name = key.split(".")
-    node = raw_config
-    for part in parents:
-        node = node[part]
+    node = raw_config[parents[0]] if parents else raw_config
     del node[name]
-    assert any(line.startswith(f"{key}: required") for line in faults(raw_config))
+    assert named(refusal(train.check_config, raw_config)) == [key]
 
 
-@pytest.mark.parametrize(
-    ("changes", "key", "number"),
-    [
-        ({"train.max_prompt_length_attempt2": 56}, "train.max_prompt_length_attempt2", "57"),
-        ({"model.max_seq_length": 111}, "model.max_seq_length", "112"),
-        ({"dataset.split": "train"}, "dataset.test_split_size", None),
-        ({"train.stage1_batch_size": 1}, "train.stage1_batch_size", None),
-        ({"train.stage2_batch_size": 1, "train.baseline": "batch"}, "train.stage2_batch_size", None),
-    ],
-)
-def test_keys_that_cannot_go_together(raw_config: dict, changes: dict, key: str, number: str | None) -> None:
-    (line,) = faults(with_keys(raw_config, changes))
-    assert line.startswith(f"{key}:")
-    assert number is None or number in line
+GOOD = [
+    {"model.max_seq_length": 69, "train.max_prompt_length_attempt2": 57}, {"model.chat_template": ""},
+    {"train.stage1_batch_size": 1, "train.stage2_batch_size": 1, "train.baseline": "none"},
+    {"train.stage1_batch_size": 1, "train.stage2_batch_size": 1, "train.num_generations": 2},
+    {"train.num_generations": 8, "train.stage1_corrections": 4, "train.oversample": 2},
+    {"train.stage1_epochs": 0.5, "train.stage2_epochs": 0, "train.stage2_steps": 0},
+    {"dataset.split": "train", "dataset.test_split_size": 4}, {"train.learning_rate": "1e-5"},
+    {"reward.fn": ["exact_match", "trl.rewards.think_format_reward"], "reward.weights": [1, "1e-1"]},
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"model.max_seq_length": 112},
-        {"train.stage1_batch_size": 1, "train.baseline": "none"},
-        {"train.stage1_batch_size": 1, "train.num_generations": 2},
-        {"train.stage1_epochs": 0.5, "train.warmup_steps": 3},
-        {"dataset.split": "train", "dataset.test_split_size": 4},
-        {"model.gradient_checkpointing": "unsloth"},
-        {"reward.fn": ["exact_match", "trl.rewards.think_format_reward"], "reward.weights": [1, 0.2]},
-        {"reward.fn": ["exact_match"], "reward.weights": ["1e-1"]},
-    ],
-)
-def test_keys_that_can_go_together(make_config: Callable[..., Any], changes: dict) -> None:
+@pytest.mark.parametrize("changes", GOOD)
+def test_check_config_takes_keys_that_go_together(make_config: Callable[..., Any], changes: dict) -> None:
     make_config(changes)
 
 
-# One fault of each class, and the fault between keys that has to be seen beside it.
-@pytest.mark.parametrize(
-    "fault",
-    [
-        {"train.learnin_rate": 1e-5},
-        {"train.micro_batch_size": True},
-        {"train.beta1": -1.0},
-        {"reward.fn": "nope"},
-        {"reward.fn": ["exact_match", 5]},
-        {"reward.weights": [1.0, 1.0]},
-        {"model.lora.target_modules": ["q_proj", 5]},
-        {"model.gradient_checkpointing": "unslot"},
-        {"run_name": 7},
-        {"run_name": "a/b"},
-        {"dataset.input_field": None},
-        {"model.name": 3},
-    ],
-)
-def test_every_fault_is_listed_at_once_also_those_between_keys(raw_config: dict, fault: dict) -> None:
-    lines = faults(with_keys(raw_config, fault | {"train.max_prompt_length_attempt2": 20, "eval.batch_sise": 3}))
-    for key in [*fault, "train.max_prompt_length_attempt2", "eval.batch_sise"]:
-        assert any(line.startswith(key) for line in lines), f"{key} is not in {lines}"
+def test_check_config_module_brings_names(raw_config: dict, tmp_path: Path) -> None:
+    names = {"reward.fn": "close", "reward.match": "near", "reward.answer_extractor": "x"}
+    code = ("raise KeyError('inside')", "limit = (", "close = 3")
+    for number, wrong in enumerate((["reward.module"], ["reward.module"], sorted(names))):
+        (tmp_path / f"{number}.py").write_text(code[number])  # where the file cannot be run its names are not judged
+        changes = names | {"reward.module": str(tmp_path / f"{number}.py")}
+        assert named(refusal(train.check_config, with_keys(raw_config, changes))) == wrong
 
 
-def test_a_missing_section_does_not_hide_faults_between_keys(raw_config: dict) -> None:
-    raw = with_keys(raw_config, {"train.max_prompt_length_attempt2": 20})
-    del raw["dataset"]
-    lines = faults(raw)
-    assert any(line.startswith("dataset") for line in lines)
-    assert any(line.startswith("train.max_prompt_length_attempt2") for line in lines)
+def test_check_config_home_in_paths(
+    raw_config: dict, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.py").touch()
+    (tmp_path / "t.jinja").write_text(PLAIN_TEMPLATE)
+    paths = {"output.dir": "~/runs", "model.name": "~/m", "dataset.name": "~/d", "reward.module": "~/own.py"}
+    config = train.check_config(with_keys(raw_config, paths))
+    assert (config.output.dir, config.model.name) == (f"{tmp_path}/runs", f"{tmp_path}/m")
+    assert (config.dataset.name, config.reward.module) == (f"{tmp_path}/d", f"{tmp_path}/own.py")
+    config = train.check_config(with_keys(raw_config, {"model.chat_template": "~/t.jinja"}))
+    assert train.load_tokenizer(config).chat_template == PLAIN_TEMPLATE
+    (tmp_path / "link").symlink_to(raw_config["model"]["name"])  # the base model by another path
+    adapter = make_adapter(tmp_path / "adapter", raw_config, base_model_name_or_path=str(tmp_path / "link"))
+    flags = ["--config", str(config_file), "--eval-only", "--resume-adapter", "~/adapter"]
+    assert train.parse_command_line(flags)[0].resume_adapter == str(adapter)
 
 
-@pytest.mark.parametrize("text", ["5e-6", "1e-5", "1.0e-5", "0.00001", "1E-5"])
-def test_numbers_without_a_dot_are_numbers(config_file: Path, text: str) -> None:
-    """YAML 1.1 reads 5e-6 as text."""
-    written = config_file.read_text().replace("learning_rate: 0.01", f"learning_rate: {text}")
-    config_file.write_text(written)
-    assert train.read_config(str(config_file)).train.learning_rate == float(text)
+# ---------------------------------------------------------------------------------------------------------------- files
+
+BAD_FILES = [
+    "", "# only a comment\n", "- a\n- b\n", "just words", "run_name: [unclosed", "train:\n\tseed: 1\n", "a: b: c",
+    "a: 1\n---\nb: 2\n", "run_name: 2025-13-13", "run_name: !!int ''", "run_name: !!bool maybe", "run_name: \x00a",
+    "run_name: !!python/object/apply:os.getcwd []", "a: " + "[" * 500, "a: " + "{a: " * 500 + "1" + "}" * 500,
+    "a: &a [*a]", "\xff\xfe\x00\x81", "run_name: caf\xe9",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", [2**64, 2**70])
-def test_a_seed_that_torch_cannot_take_is_refused(raw_config: dict, seed: int) -> None:
-    assert faults(with_keys(raw_config, {"train.seed": seed}))[0].startswith("train.seed")
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", ["mapping"]),
-        ("# only a comment\n", ["mapping"]),
-        ("- a\n- b\n", ["mapping", "list"]),
-        ("just words", ["mapping", "str"]),
-        ("run_name: [unclosed", ["YAML"]),
-        ("train:\n\tseed: 1\n", ["YAML", "line 2"]),
-        ("a: b: c", ["YAML"]),
-    ],
-)
-def test_a_file_that_is_no_mapping(tmp_path: Path, text: str, words: list[str]) -> None:
+@pytest.mark.parametrize("text", BAD_FILES)
+def test_read_config_bad_file(tmp_path: Path, text: str) -> None:
     file = tmp_path / "odd.yaml"
-    file.write_text(text)
-    with pytest.raises(train.UserError) as caught:
-        train.read_config(str(file))
-    assert len(str(caught.value).splitlines()) == 1
-    for word in [str(file), *words]:
-        assert word in str(caught.value)
+    file.write_text(text, "latin-1")
+    lines = refusal(train.read_config, str(file))
+    assert text == "a: &a [*a]" or named(lines) == [f"--config {file}"]
 
 
-def test_a_file_that_is_not_text_or_not_there(tmp_path: Path) -> None:
-    binary = tmp_path / "binary.yaml"
-    binary.write_bytes(b"\xff\xfe\x00\x81")
-    for file in (binary, tmp_path / "missing.yaml", tmp_path):
-        with pytest.raises(train.UserError, match="--config"):
-            train.read_config(str(file))
+def test_read_config_no_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for file in (tmp_path / "missing.yaml", tmp_path, tmp_path / "file" / "x"):
+        assert named(refusal(train.read_config, str(file))) == [f"--config {file}"]
+    assert "--config" in refusal(train.parse_command_line, [])[0]
 
 
-def test_set_overrides_a_key(config_file: Path) -> None:
-    overrides = [
-        "train.seed=7",
-        "model.lora.r=2",
-        "train.learning_rate=5e-6",
-        "wandb_project=null",
-        "prompts.system='Say: a = b'",
-        "model.chat_template_kwargs.enable_thinking=false",
-        "model.lora.target_modules=[q_proj, v_proj]",
-        "train.seed=8",
-    ]
-    config = train.read_config(str(config_file), overrides)
+@pytest.mark.parametrize(
+    ("more", "key"), [("run_name: x", "run_name"), ("train: {seed: 2}", "train"), ("x: {seed: 2, seed: 3}", "seed")]
+)
+def test_read_config_key_twice(config_file: Path, more: str, key: str) -> None:
+    """YAML's own reader keeps the last; a second section would replace the first whole."""
+    config_file.write_text(config_file.read_text() + more)
+    assert f"{key} stands twice" in refusal(train.read_config, str(config_file))[0]
+
+
+def test_read_config_byte_order_mark_and_merged_keys(config_file: Path) -> None:
+    """YAML's `<<` merges a mapping in, and what stands beside it wins: no key stands twice."""
+    merged = "  chat_template_kwargs: &x {<<: {batch_size: 4}, batch_size: 8}\n  lora:\n"
+    text = config_file.read_text().replace("  lora:\n", merged).replace("eval:\n  batch_size: 4\n", "")
+    config_file.write_text(text + "eval: {<<: *x}\n", encoding="utf-8-sig")
+    assert train.read_config(str(config_file)).eval.batch_size == 8
+
+
+# ---------------------------------------------------------------------------------------------------------------- flags
+
+
+def test_set_overrides(config_file: Path) -> None:
+    first = ["train.seed=7", "model.lora.r=2", "train.learning_rate=5e-6", "wandb_project=null"]
+    again = ["train.seed=8", "prompts.system='Say: a = b'", "model.chat_template_kwargs.enable_thinking=false"]
+    flags = ["--config", str(config_file), "--set", *first, "--set", *again]
+    _, config = train.parse_command_line(flags)
     assert (config.train.seed, config.model.lora.r, config.train.learning_rate) == (8, 2, 5e-6)
-    assert config.wandb_project is None
-    assert config.prompts.system == "Say: a = b"
+    assert (config.wandb_project, config.prompts.system) == (None, "Say: a = b")
     assert config.model.chat_template_kwargs == {"enable_thinking": False}
-    assert config.model.lora.target_modules == ["q_proj", "v_proj"]
 
 
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("train.seed", ["key.sub=value"]),
-        ("=3", ["key.sub=value"]),
-        ("train..seed=3", ["key.sub=value"]),
-        ("run_name.x=3", ["run_name", "section"]),
-        ("train.sed=3", ["train.sed", "did you mean", "seed"]),
-        ("train.seed=three", ["train.seed", "three"]),
-        ("train.seed=", ["train.seed"]),
-        ("train.seed=[1", ["train.seed"]),
-        ("train.max_prompt_length_attempt2=20", ["train.max_prompt_length_attempt2"]),
-    ],
-)
-def test_set_faults(config_file: Path, override: str, words: list[str]) -> None:
-    with pytest.raises(train.UserError) as caught:
-        train.read_config(str(config_file), [override])
-    for word in words:
-        assert word in str(caught.value)
+BAD_FLAGS = [  # (flags, what the line must name)
+    ("--no-such-flag", "--no-such-flag"), ("--set", "--set"), ("--set train.seed", "--set 'train.seed'"),
+    ("--set =3", "--set '=3'"), ("--set train..seed=3", "--set 'train..seed=3'"), ("--set train.sed=3", "train.sed: "),
+    ("--set run_name.x=3", "--set 'run_name.x=3'"), ("--set train.seed=[1", "--set 'train.seed=[1'"),
+    ("--set train.seed=three", "train.seed: "), ("--set train.seed=", "train.seed: "), ("--smoke 3", "--smoke 3"),
+    ("--set train.max_prompt_length_attempt2=20", "train.max_prompt_length_attempt2: "), ("--smoke 0", "--smoke 0"),
+    ("--smoke x", "--smoke"), ("--start-stage 3", "--start-stage"), ("--start-stage 2", "--start-stage 2"),
+    ("--resume-adapter DIR", "--resume-adapter"), ("--resume --overwrite", "--overwrite"),
+    ("--resume --eval-only", "--eval-only"), ("--resume --start-stage 2 --resume-adapter DIR", "--resume-adapter"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--start-stage", "2"], ["--start-stage 2", "--resume-adapter"]),
-        (["--resume-adapter", "somewhere"], ["--resume-adapter"]),
-        (["--smoke", "1"], ["--smoke"]),
-        (["--eval-only", "--resume-adapter", "nowhere"], ["nowhere", "adapter_config.json"]),
-    ],
-)
-def test_flags_that_do_not_go_together(config_file: Path, flags: list[str], words: list[str]) -> None:
-    with pytest.raises(train.UserError) as caught:
-        train.parse_command_line(["--config", str(config_file), *flags])
-    for word in words:
-        assert word in str(caught.value)
+@pytest.mark.parametrize(("flags", "says"), BAD_FLAGS)
+def test_parse_command_line_refuses(raw_config: dict, config_file: Path, tmp_path: Path, flags: str, says: str) -> None:
+    flags = flags.replace("DIR", str(make_adapter(tmp_path / "adapter", raw_config)))
+    (line,) = refusal(train.parse_command_line, ["--config", str(config_file), *flags.split()])
+    assert says in line
 
 
-def test_smoke_is_a_config_of_its_own(config_file: Path) -> None:
-    _, config = train.parse_command_line(["--config", str(config_file), "--smoke", "4"])
-    assert config.run_name == "test-smoke"
-    assert config.eval.max_examples == 4
-    assert config.train.stage1_batch_size <= 4
-    _, config = train.parse_command_line(
-        ["--config", str(config_file), "--smoke", "4", "--set", "train.stage1_epochs=0", "--set", "eval.max_examples=2"]
-    )
-    assert (config.train.stage1_epochs, config.eval.max_examples) == (0, 2)
+def test_find_start_resume_of_no_run(config_file: Path) -> None:
+    """A mistyped name must not train from scratch."""
+    args, config = train.parse_command_line(["--config", str(config_file), "--resume", "--set", "run_name=tset"])
+    assert named(refusal(train.find_start, args, config, {})) == ["--resume"]
 
 
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-trees = st.recursive(
-    scalars,
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["name", "lora", "r", "seed", "x"]) | st.integers(), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
+def test_help_lists_every_key_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        train.parse_command_line(["--help"])
+    assert ended.value.code == 0
+    entries, fields = capsys.readouterr().out.split("\n  "), train.known_keys()
+    assert all(info.description for info in train.known_keys(train.WorkedExample).values())
+    sections = {"model", "model.lora", "dataset", "prompts", "reward", "train", "eval", "output"}
+    assert {name for name, info in fields.items() if not info.description} == sections
+    for name in fields.keys() - sections:
+        assert entries[entries.index(name) + 1].strip().endswith(f": {fields[name].description}"), name
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    key=st.sampled_from([*train.known_keys(), "model", "train", "dataset", "eval", "model.lora", "odd", "train.odd"]),
-    value=trees,
-)
-def test_whatever_stands_under_a_key_is_taken_or_refused_by_name(raw_config: dict, key: str, value: Any) -> None:
-    try:
-        train.check_config(with_keys(raw_config, {key: value}))
-    except train.UserError as error:
-        assert all(": " in line for line in str(error).splitlines() if line.strip())
-        assert key in str(error) or "max_" in str(error) or "batch_size" in str(error) or "test_split" in str(error)
-
-
-def test_one_shipped_config_explains_every_key() -> None:
-    file = ROOT / "configs" / "tiny.yaml"
-    config, written = train.read_config(str(file)), yaml.safe_load(file.read_text())
-    assert set(written) == set(train.Config.model_fields), "a reader learns the algorithm from the YAML: every key"
-    for section in ("model", "dataset", "prompts", "reward", "train", "eval", "output"):
-        assert set(written[section]) == set(type(getattr(config, section)).model_fields)
-
-
-@pytest.mark.parametrize("name", ["arithmetic", "gsm8k", "math"])
-def test_the_other_shipped_configs_hold_what_they_change_and_nothing_else(name: str) -> None:
-    file = ROOT / "configs" / f"{name}.yaml"
-    written, config = yaml.safe_load(file.read_text()), train.read_config(str(file))
-    assert "configs/tiny.yaml explains every key" in " ".join(file.read_text().replace("#", " ").split())
-    for section, keys in ((s, keys) for s, keys in written.items() if isinstance(keys, dict)):
-        for key in keys:
-            field = type(getattr(config, section)).model_fields[key]
-            assert field.is_required() or field.get_default() != getattr(getattr(config, section), key), key
-
-
-@pytest.fixture
-def without_torch(tmp_path: Path) -> dict[str, str]:
-    """An environment in which importing anything slow is an error."""
-    for package in ("torch", "unsloth", "transformers", "peft", "datasets", "wandb", "matplotlib"):
+def test_bad_config_exits_with_2_before_anything_slow_is_imported(config_file: Path, tmp_path: Path) -> None:
+    for package in ("torch", "unsloth", "transformers", "peft", "datasets", "wandb", "matplotlib", "trl"):
         (tmp_path / "poison" / package).mkdir(parents=True)
         (tmp_path / "poison" / package / "__init__.py").write_text(f"raise SystemExit('{package} was imported')\n")
-    return os.environ | {"PYTHONPATH": str(tmp_path / "poison")}
-
-
-def test_a_bad_config_exits_with_2_before_torch_is_imported(config_file: Path, without_torch: dict[str, str]) -> None:
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "poison")}
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(config_file)]
-    faulty = ["--set", "train.learnin_rate=1e-5", "--set", "reward.fn=nope", "--set", "model.max_seq_length=20"]
-    done = subprocess.run([*command, *faulty], env=without_torch, capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    keys = [line.split(":")[0] for line in done.stderr.splitlines()]
-    assert sorted(keys) == ["model.max_seq_length", "reward.fn", "train.learnin_rate"]
-    # and the environment does what it says: without a fault the import is reached
-    done = subprocess.run(command, env=without_torch, capture_output=True, text=True, check=False)
-    assert "torch was imported" in done.stderr
+
+    def run(*flags: str) -> tuple[int, str, str]:
+        done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout, done.stderr
+
+    faulty = ["train.learnin_rate=1e-5", "reward.fn=[trl.rewards.accuracy_reward, nope]", "model.lora.r=0"]
+    code, printed, said = run("--set", *faulty)
+    assert (code, printed) == (2, "")
+    assert named(said.splitlines()) == ["model.lora.r", "reward.fn", "train.learnin_rate"]
+    code, printed, said = run("--set", "reward.fn=trl.rewards.accuracy_reward", "--no-such-flag")
+    assert (code, printed, len(said.splitlines())) == (2, "", 1)
+    assert run("--set", "reward.fn=trl.rewards.accuracy_reward")[2].strip() == "torch was imported"  # nothing is wrong
 
 
-def test_naming_a_packages_reward_imports_nothing(config_file: Path, without_torch: dict[str, str]) -> None:
-    """It would import transformers before Unsloth, and cost a faulty config seconds."""
-    package = Path(without_torch["PYTHONPATH"]) / "trl"
-    package.mkdir()
-    (package / "__init__.py").write_text("raise SystemExit('trl was imported')\n")
-    command = [sys.executable, str(ROOT / "train.py"), "--config", str(config_file), "--set"]
-    keys = ["reward.fn=[trl.rewards.accuracy_reward, trl.rewards.think_format_reward]", "reward.weights=[1.0]"]
-    done = subprocess.run([*command, *keys], env=without_torch, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("reward.weights: must be as many as the functions in reward.fn: 2, not 1")
+# ------------------------------------------------------------------------------------------------------------- adapters
 
 
-@pytest.mark.parametrize(
-    "flags", [["--no-such-flag"], ["--start-stage", "3"], ["--start-stage", "2"], ["--smoke", "x"]]
+def make_adapter(folder: Path, raw: dict[str, Any], **changes: Any) -> Path:
+    """A folder whose adapter_config.json fits the config but for `changes`."""
+    lora = raw["model"]["lora"]
+    saved = {"base_model_name_or_path": raw["model"]["name"], "r": lora["r"], "lora_alpha": lora["alpha"]}
+    saved |= {"target_modules": train.Projections[::-1]} | changes
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(saved))
+    return folder
+
+
+BAD_ADAPTERS = [  # (what its adapter_config.json says, the word that the line must hold)
+    ({"base_model_name_or_path": "other"}, "model.name"), ({"r": 8}, "model.lora.r"), ({"use_dora": True}, "use_dora"),
+    ({"lora_alpha": 16}, "model.lora.alpha"), ({"target_modules": ["q_proj"]}, "model.lora.target_modules"),
+    ({"target_modules": None}, "model.lora.target_modules"), ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+    ({"use_rslora": True}, "use_rslora"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "says"), BAD_ADAPTERS)
+def test_check_adapter_refuses(raw_config: dict, config_file: Path, tmp_path: Path, changes: dict, says: str) -> None:
+    adapter = make_adapter(tmp_path / "adapter", raw_config, **changes)
+    flags = ["--config", str(config_file), "--start-stage", "2", "--resume-adapter", str(adapter)]
+    (line,) = refusal(train.parse_command_line, flags)
+    assert line.startswith(f"--resume-adapter {adapter}: ")
+    assert says in line
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"5", b"\xff"])
+def test_check_adapter_damaged(make_config: Callable[..., Any], tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "adapter_config.json").write_bytes(content)
+    assert named(refusal(train.check_adapter, tmp_path, make_config())) == [f"--resume-adapter {tmp_path}"]
+
+
+# ----------------------------------------------------------------------------------------------- shipped configs, smoke
+
+SHIPPED = {"tiny": (2560, 40, 60), "arithmetic": (200, 30, 45), "gsm8k": (7473, 11, 127), "math": (11985, 374, 374)}
+
+
+@pytest.mark.parametrize(("name", "rows", "stage1", "stage2"), [(name, *numbers) for name, numbers in SHIPPED.items()])
+def test_shipped_config(name: str, rows: int, stage1: int, stage2: int) -> None:
+    file = ROOT / "configs" / f"{name}.yaml"
+    config, text = train.read_config(str(file)), file.read_text()
+    assert [len(train.stage_batches(stage, rows, config)) for stage in (1, 2)] == [stage1, stage2]
+    assert text.splitlines()[0] == f"# python train.py --config configs/{name}.yaml"
+    for section, keys in yaml.safe_load(text).items():
+        for key in keys if isinstance(keys, dict) else ():
+            field = type(getattr(config, section)).model_fields[key]
+            changed = field.is_required() or field.get_default() != getattr(getattr(config, section), key)
+            assert changed, f"{section}.{key} is the default"
+
+
+@pytest.mark.parametrize("examples", [4, 8])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_smoke_shrinks(name: str, examples: int) -> None:
+    """Two steps a stage of few rows, a checkpoint after each, whatever the config's batches."""
+    flags = ["--smoke", str(examples), "--set", "train.oversample=4", "train.num_generations=8"]
+    _, config = train.parse_command_line(["--config", f"{ROOT}/configs/{name}.yaml", *flags])
+    assert config.run_name == f"score-{name}-smoke"
+    assert (config.eval.max_examples, config.train.checkpoint_every) == (examples, 1)
+    assert config.train.max_new_tokens_attempt1 <= 64
+    for stage in (1, 2):
+        batches = train.stage_batches(stage, examples, config)
+        assert len(batches) == 2
+        assert sum(map(len, batches)) * config.train.num_generations <= 64
+    assert train.TrainConfig() == train.Config.model_fields["train"].default, "defaults are not shared"
+
+
+def test_smoke_keeps_what_is_smaller_and_what_is_off(config_file: Path) -> None:
+    changes = ["train.stage1_epochs=0", "eval.max_examples=2", "train.max_new_tokens_attempt1=3", "eval.validation=1"]
+    _, config = train.parse_command_line(["--config", str(config_file), "--smoke", "8", "--set", *changes])
+    assert (config.eval.max_examples, config.train.max_new_tokens_attempt1, config.eval.validation) == (2, 3, 1)
+    assert [len(train.stage_batches(stage, 8, config)) for stage in (1, 2)] == [0, 2]
+
+
+def test_smoke_of_the_original_repositorys_keys(
+    tiny_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """A YAML of exactly the keys that the original repository's configs have runs end to end."""
+    original = f"""
+      run_name: original
+      wandb_project: score
+      model: {{name: {tiny_dir}, max_seq_length: 200, load_in_4bit: false, chat_template: "", fast_inference: false,
+        fast_inference_gpu_mem: 0.5, lora: {{r: 4, alpha: 8, dropout: 0.0, target_modules: [q_proj, v_proj]}}}}
+      dataset: {{name: {data_dir}, config_name: null, input_field: question, target_field: answer, test_split_size: 4}}
+      prompts: {{system: Add., self_correction: Check it.}}
+      reward: {{fn: format_and_match, answer_extractor: identity}}
+      train: {{stage1_batch_size: 8, stage2_batch_size: 8, learning_rate: 5e-6, stage1_epochs: 1, stage2_epochs: 1,
+        beta1: 0.01, beta2: 0.1, alpha: 10.0, max_new_tokens_attempt1: 8, max_new_tokens_attempt2: 8,
+        max_prompt_length_attempt1: 48, max_prompt_length_attempt2: 120, generation_temperature: 1.0, seed: 42,
+        length_norm: sequence, checkpoint_every: 50}}
+      eval: {{batch_size: 8, max_examples: 100, generation_temperature: 0.0}}
+      output: {{dir: {tmp_path}/outputs}}
+    """
+    file, log, folder = tmp_path / "original.yaml", tmp_path / "log", tmp_path / "outputs" / "original-smoke"
+    file.write_text(original)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert fork_run(["--config", str(file), "--smoke", "8"], log, no_curves) == 0, output(log)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [(line["stage"], line["step"]) for line in lines if line["event"] == "train"]
+    assert steps == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert [line["n"] for line in lines if line["event"] == "eval"] == [4, 4, 4]
+    assert all((folder / f"stage{stage}" / "adapter_model.safetensors").exists() for stage in (1, 2))
+
+
+# ------------------------------------------------------------------------------------------------- any config, any file
+
+TREES = [yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text()) for name in SHIPPED]
+odd = [None, 2**70, 10**400, 1e308, "1e999", "nan", "1_0", "٣", "\ud800", "a\nb", "~", "", b"a", date(2025, 1, 1)]
+scalars = st.sampled_from(odd) | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=9)
+words = st.sampled_from([*train.known_keys(), *(key.split(".")[-1] for key in train.known_keys())]) | scalars
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=6
 )
-def test_a_bad_command_line_exits_with_2(config_file: Path, without_torch: dict[str, str], flags: list[str]) -> None:
-    command = [sys.executable, str(ROOT / "train.py"), "--config", str(config_file), *flags]
-    done = subprocess.run(command, env=without_torch, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert flags[0] in done.stderr
-    assert "Traceback" not in done.stderr
+
+
+def taken_or_refused(check: Callable[..., Any], *args: Any) -> None:
+    try:
+        assert isinstance(check(*args), train.Config)
+    except train.UserError as error:
+        lines = str(error).split("\n")
+        assert all(": " in line and len(line) < 2000 for line in lines), lines
+        assert len(set(lines)) == len(lines)
+
+
+slow = settings(deadline=None, suppress_health_check=list(HealthCheck))
+parts = st.sampled_from(["", "model", "dataset", "prompts", "reward", "train", "eval", "output"])
+changes = st.lists(st.tuples(parts, words, values), max_size=4)
+
+
+@settings(slow, max_examples=60)
+@given(tree=st.sampled_from(TREES), changes=changes, override=words.map(str) | st.text(max_size=9))
+def test_read_config_takes_or_refuses_any_config(tmp_path: Path, tree: dict, changes: list, override: str) -> None:
+    """A shipped config with odd values and unknown keys at several places."""
+    tree = copy.deepcopy(tree)
+    for section, key, value in changes:
+        place = tree.get(section)
+        (place if isinstance(place, dict) else tree)[key] = value
+    before = repr(tree)
+    taken_or_refused(train.check_config, tree)
+    assert repr(tree) == before, "checking changes nothing"
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(tree, allow_unicode=False), encoding="utf-8", errors="surrogatepass")
+    taken_or_refused(train.read_config, str(file), [f"{override}={override}"])
+
+
+@settings(slow, max_examples=100)
+@given(content=st.binary(max_size=200) | st.lists(words.map(str) | st.sampled_from(list(":-[]{}&*!?|>'\"%#~\n\t ")))
+       .map(lambda pieces: " ".join(pieces).encode("utf-8", "surrogatepass")))  # fmt: skip
+def test_read_config_takes_or_refuses_any_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    taken_or_refused(train.read_config, str(tmp_path / "config.yaml"))

@@ -1,286 +1,349 @@
-"""Datasets of every kind, and faults in them named by split, column and row."""
+"""Datasets of every kind, the faults in them, prompts by the chat template, and the order of training."""
 
 from __future__ import annotations
 
 import json
-import shutil
+import random
 from collections.abc import Callable
+from datetime import datetime
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pytest
-from conftest import PLAIN_TEMPLATE, STRIPPING_TEMPLATE, THINKING_TEMPLATE, build_model, write_jsonl
+import transformers
+import yaml
+from conftest import PLAIN_TEMPLATE, SELF_CORRECTION, STRIPPING_TEMPLATE, THINKING_TEMPLATE, write_jsonl
 
 import train
 
 ROWS = [{"question": f"{i}+1=?", "answer": str(i + 1)} for i in range(12)]
+PAIRS = [(row["question"], row["answer"]) for row in ROWS]
+SPLIT = {"dataset.split": "train", "dataset.test_split_size": 5}
+
+
+def answers(*targets: Any) -> list[dict[str, Any]]:
+    return [{"question": f"q{i}", "answer": target} for i, target in enumerate(targets)]
 
 
 @pytest.fixture
-def load(make_config: Callable[..., Any]) -> Callable[..., tuple[list[Any], list[Any]]]:
-    """load(name, changes) -> (train, test) examples of a dataset."""
+def load(make_config: Callable[..., Any], tmp_path: Path) -> Callable[..., SimpleNamespace]:
+    """load(train rows or a path, changes) -> train, validation and test pairs, and the examples."""
 
-    def load_it(name: Path, changes: dict[str, Any] | None = None) -> tuple[list[Any], list[Any]]:
-        config = make_config({"dataset.name": str(name)} | (changes or {}))
-        return train.load_examples(config, train.load_tokenizer(config))
+    def load_it(data: Any, changes: dict[str, Any] | None = None, smoke: int | None = None) -> SimpleNamespace:
+        if not isinstance(data, str | Path):
+            write_jsonl(tmp_path / "train.jsonl", data)
+            write_jsonl(tmp_path / "test.jsonl", ROWS[8:])
+            data = tmp_path
+        config = make_config({"dataset.name": str(data)} | (changes or {}))
+        parts = train.load_examples(config, train.load_tokenizer(config), smoke)
+        train_rows, validation, test = ([(example.question, example.target) for example in part] for part in parts)
+        return SimpleNamespace(train=train_rows, validation=validation, test=test, parts=parts)
 
     return load_it
 
 
-def pairs(examples: list[Any]) -> list[tuple[str, str]]:
-    return [(example.question, example.target) for example in examples]
-
-
-EXPECTED = [(row["question"], row["answer"]) for row in ROWS]
-
-
-def fault(load: Callable[..., Any], name: Path, changes: dict[str, Any] | None = None) -> str:
+def refusal(call: Callable[..., Any], *args: Any) -> str:
+    """The one line of the UserError that a call raises."""
     with pytest.raises(train.UserError) as caught:
-        load(name, changes)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
+        call(*args)
+    (line,) = str(caught.value).splitlines()
+    return line
 
 
-def test_a_folder_of_jsonl_files(load: Callable[..., Any], tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "train.jsonl", ROWS[:8])
-    write_jsonl(tmp_path / "test.jsonl", ROWS[8:])
-    for part, expected in zip(load(tmp_path), (EXPECTED[:8], EXPECTED[8:]), strict=True):
-        assert pairs(part) == expected
-        assert all(example.prompt for example in part)
+def write_split(file: Path, rows: list[dict[str, Any]]) -> Path:
+    file.parent.mkdir(exist_ok=True)
+    table = datasets.Dataset.from_list(rows)
+    write = {".csv": table.to_csv, ".parquet": table.to_parquet, ".jsonl": table.to_json, "": table.save_to_disk}
+    write.get(file.suffix, lambda place: place.write_text(json.dumps(rows)))(file)
+    return file
 
 
-def test_a_folder_of_parquet_shards_as_the_hub_names_them(load: Callable[..., Any], tmp_path: Path) -> None:
-    for name, rows in (
-        ("train-00000-of-00002", ROWS[:4]),
-        ("train-00001-of-00002", ROWS[4:8]),
-        ("test-00000-of-00001", ROWS[8:]),
-    ):
-        datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"{name}.parquet")
-    train_part, test_part = load(tmp_path)
-    assert (pairs(train_part), pairs(test_part)) == (EXPECTED[:8], EXPECTED[8:])
+@pytest.mark.parametrize("name", ["{}.jsonl", "{}.json", "{}.csv", "{}.parquet", "data/{}.jsonl", "{}-0-of-2.parquet"])
+def test_load_splits_folder(load: Any, tmp_path: Path, name: str) -> None:
+    write_split(tmp_path / name.format("train"), ROWS[:4])
+    if "-0-" in name:  # shards, as the hub names them
+        write_split(tmp_path / "train-1-of-2.parquet", ROWS[4:8])
+    write_split(tmp_path / name.format("test"), ROWS[8:])
+    if not name.startswith("data/"):  # which is read where nothing else is
+        write_split(tmp_path / "data" / "train.jsonl", answers("77", "78"))
+    loaded = load(tmp_path)
+    assert (loaded.train, loaded.validation, loaded.test) == (PAIRS[: 8 if "-0-" in name else 4], [], PAIRS[8:])
 
 
-def test_save_to_disk(load: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ""])
+def test_load_splits_one_split(load: Any, tmp_path: Path, suffix: str) -> None:
+    loaded = load(write_split(tmp_path / f"all{suffix}", ROWS), SPLIT)
+    assert (len(loaded.train), len(loaded.test)) == (7, 5)
+    assert sorted(loaded.train + loaded.test) == sorted(PAIRS)
+
+
+def test_load_splits_save_to_disk_and_config_name(load: Any, tmp_path: Path) -> None:
     parts = {"train": datasets.Dataset.from_list(ROWS[:8]), "test": datasets.Dataset.from_list(ROWS[8:])}
-    datasets.DatasetDict(parts).save_to_disk(tmp_path / "dict")
-    train_part, test_part = load(tmp_path / "dict")
-    assert (pairs(train_part), pairs(test_part)) == (EXPECTED[:8], EXPECTED[8:])
-    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "single")
-    train_part, test_part = load(tmp_path / "single", {"dataset.split": "train", "dataset.test_split_size": 4})
-    assert sorted(pairs(train_part) + pairs(test_part)) == sorted(EXPECTED)
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved" / "main")
+    assert load(tmp_path / "saved", {"dataset.config_name": "main"}).train == PAIRS[:8]
 
 
-def test_one_file_of_which_test_rows_are_held_out(load: Callable[..., Any], tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "all.jsonl", ROWS)
-    changes = {"dataset.split": "train", "dataset.test_split_size": 5}
-    train_part, test_part = load(file, changes)
-    assert (len(train_part), len(test_part)) == (7, 5)
-    assert sorted(pairs(train_part) + pairs(test_part)) == sorted(EXPECTED)
-    again = load(file, changes)
-    assert [pairs(part) for part in again] == [pairs(train_part), pairs(test_part)], "a seed decides which"
-    assert pairs(load(file, changes | {"train.seed": 2})[1]) != pairs(test_part)
-    message = fault(load, file, changes | {"dataset.test_split_size": 12})
-    assert "dataset.test_split_size" in message
-    assert "12 rows" in message
+DAMAGED = [
+    ("train.jsonl", b""), ("train.jsonl", b"question,answer\n1,2\n"), ("train.jsonl", b'{"question": "half\n'),
+    ("train.jsonl", b'{"question": "q", "answer": "2"}\n{"question": "caf\xe9", "answer": "2"}\n'),
+    ("train.jsonl", b'{"question": "q", "answer": "\xe92"}\n'), ("train.jsonl", bytes(range(256))),
+    ("train.json", b'[{"question": "caf\xe9", "answer": "2"}]'), ("train.csv", b"question,answer\ncaf\xe9,2\n"),
+    ("train.parquet", b"PAR1" + bytes(90)), ("train.txt", b"1+1=?"),
+]  # fmt: skip
 
 
-def test_missing_splits_and_columns_are_named_with_what_exists(load: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("file", "content"), DAMAGED)
+def test_load_splits_damaged_file(load: Any, tmp_path: Path, file: str, content: bytes) -> None:
+    write_jsonl(tmp_path / "test.jsonl", ROWS)
+    (tmp_path / file).write_bytes(content)
+    assert refusal(load, tmp_path).startswith("dataset.name: ")
+
+
+def test_load_examples_missing_split_or_column(load: Any, tmp_path: Path) -> None:
+    for place in (tmp_path, "nobody/nothing", "nowhere.jsonl", "a" * 300):  # the first is an empty folder
+        assert refusal(load, place).startswith("dataset.name: ")
     write_jsonl(tmp_path / "train.jsonl", ROWS)
-    write_jsonl(tmp_path / "validation.jsonl", ROWS)
-    message = fault(load, tmp_path)
-    assert "no test split" in message
-    assert "train" in message
-    assert "validation" in message
-    message = fault(load, tmp_path, {"dataset.split": "dev", "dataset.test_split_size": 3})
-    assert message.startswith("dataset.split")
-    assert "validation" in message
-    write_jsonl(tmp_path / "test.jsonl", [{"question": "9+9=?", "answer": "18"}])
-    message = fault(load, tmp_path, {"dataset.input_field": "qestion"})
-    assert message.startswith("dataset.input_field")
-    assert "did you mean question" in message
-    assert "answer" in message
-    assert fault(load, tmp_path, {"dataset.target_field": "solution"}).startswith("dataset.target_field")
-
-
-@pytest.mark.parametrize("target", [None, "", "   "])
-def test_an_empty_target_is_named_by_row(load: Callable[..., Any], tmp_path: Path, target: Any) -> None:
-    write_jsonl(tmp_path / "train.jsonl", [*ROWS[:5], {"question": "odd", "answer": target}, *ROWS[5:8]])
-    write_jsonl(tmp_path / "test.jsonl", ROWS[8:])
-    message = fault(load, tmp_path)
-    assert message.startswith("dataset.target_field")
-    assert "row 5 of train" in message
-
-
-def test_a_target_without_an_answer_is_named_by_row(load: Callable[..., Any], tmp_path: Path) -> None:
-    write_jsonl(
-        tmp_path / "train.jsonl",
-        [{"question": row["question"], "answer": f"so #### {row['answer']}"} for row in ROWS[:8]],
-    )
-    write_jsonl(
-        tmp_path / "test.jsonl", [{"question": "9+9=?", "answer": "#### 18"}, {"question": "8+9=?", "answer": "17!"}]
-    )
-    message = fault(load, tmp_path, {"reward.answer_extractor": "gsm8k_hash"})
-    assert "row 1 of test" in message
-    assert "gsm8k_hash" in message
-    assert "17!" in message
+    write_jsonl(tmp_path / "dev.jsonl", ROWS)
+    message = refusal(load, tmp_path)
+    assert message.startswith("dataset.name: ") and all(word in message for word in ("test", "train", "dev"))
+    message = refusal(load, tmp_path, SPLIT | {"dataset.split": "val"})
+    assert message.startswith("dataset.split: ") and "dev" in message
+    message = refusal(load, ROWS, {"dataset.input_field": "qestion"})
+    assert message.startswith("dataset.input_field: ") and "did you mean question" in message
+    assert refusal(load, ROWS, {"dataset.target_field": "solution"}).startswith("dataset.target_field: ")
 
 
 @pytest.mark.parametrize(
-    ("question", "answer", "key"), [(None, "1", "input_field"), ("", "1", "input_field"), ("q", ["1"], "target_field")]
+    ("question", "answer"), [(None, "1"), (" ", "1"), ("q", None), ("q", " \n"), ("q", "<answer></answer>")]
 )
-def test_fields_that_are_no_text_are_named(
-    load: Callable[..., Any], tmp_path: Path, question: Any, answer: Any, key: str
-) -> None:
-    write_jsonl(tmp_path / "train.jsonl", [{"question": question, "answer": answer}])
-    write_jsonl(tmp_path / "test.jsonl", ROWS[8:])
-    message = fault(load, tmp_path)
-    assert message.startswith(f"dataset.{key}")
-    assert "row 0 of train" in message
-
-
-def test_numbers_are_targets(load: Callable[..., Any], tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "train.jsonl", [{"question": f"{i}+1=?", "answer": i + 1} for i in range(8)])
-    write_jsonl(tmp_path / "test.jsonl", [{"question": "half", "answer": 0.5}])
-    train_part, test_part = load(tmp_path)
-    assert [example.target for example in train_part] == [str(i + 1) for i in range(8)]
-    assert [example.target for example in test_part] == ["0.5"]
-
-
-def test_train_rows_that_are_also_test_rows_are_not_trained_on(
-    load: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_jsonl(tmp_path / "train.jsonl", ROWS)
-    write_jsonl(tmp_path / "test.jsonl", ROWS[9:])
-    train_part, test_part = load(tmp_path)
-    assert (pairs(train_part), pairs(test_part)) == (EXPECTED[:9], EXPECTED[9:])
-    assert "3 train rows" in capsys.readouterr().out
-
-
-def test_test_rows_that_are_not_evaluated_are_not_trained_on_either(load: Callable[..., Any], tmp_path: Path) -> None:
-    """test_split_size only says how many of the test split are evaluated."""
-    write_jsonl(tmp_path / "train.jsonl", ROWS)
-    write_jsonl(tmp_path / "test.jsonl", ROWS[8:])
-    train_part, test_part = load(tmp_path, {"dataset.test_split_size": 2})
-    assert pairs(test_part) == EXPECTED[8:10]
-    assert pairs(train_part) == EXPECTED[:8]
-
-
-def test_a_train_split_of_test_rows_alone_is_a_fault(load: Callable[..., Any], tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "train.jsonl", ROWS[:3])
-    write_jsonl(tmp_path / "test.jsonl", ROWS)
-    assert "train" in fault(load, tmp_path)
-
-
-def test_duplicates_of_the_held_out_rows_are_not_trained_on(load: Callable[..., Any], tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "all.jsonl", ROWS * 2)
-    train_part, test_part = load(file, {"dataset.split": "train", "dataset.test_split_size": 5})
-    assert not set(pairs(train_part)) & set(pairs(test_part))
-
-
-@pytest.mark.parametrize("content", ["", "not json\n", '{"question": "half\n'])
-def test_damaged_and_empty_files_are_named(load: Callable[..., Any], tmp_path: Path, content: str) -> None:
-    (tmp_path / "train.jsonl").write_text(content)
-    write_jsonl(tmp_path / "test.jsonl", ROWS)
-    assert fault(load, tmp_path).startswith("dataset.name")
-
-
-def test_places_without_data_are_named(load: Callable[..., Any], tmp_path: Path) -> None:
-    assert str(tmp_path) in fault(load, tmp_path)
-    assert "nobody/nothing" in fault(load, Path("nobody/nothing"))
-
-
-def test_fewer_rows_than_a_batch(make_config: Callable[..., Any]) -> None:
-    config = make_config({"train.stage2_batch_size": 30})
-    with pytest.raises(train.UserError, match="train.stage2_batch_size: 30 .*24"):
-        train.stage_batches(2, 24, config)
-    assert len(train.stage_batches(1, 24, config)) == 3
-    assert train.stage_batches(2, 24, make_config({"train.stage2_batch_size": 30, "train.stage2_epochs": 0})) == []
-
-
-def test_faulty_rows_are_left_out_where_the_config_says_so(
-    make_config: Callable[..., Any], data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    folder = tmp_path / "faulty"
-    shutil.copytree(data_dir, folder)
-    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    rows[3]["answer"], rows[5]["question"] = "", " "
-    write_jsonl(folder / "train.jsonl", rows)
-    config = make_config({"dataset.name": str(folder)})
-    tokenizer = train.load_tokenizer(config)
-    with pytest.raises(train.UserError, match="row 3 of train .* is empty.*dataset.skip_faulty_rows"):
-        train.load_examples(config, tokenizer)
-    config.dataset.skip_faulty_rows = True
-    examples, _ = train.load_examples(config, tokenizer)
-    assert [e.question for e in examples] == [row["question"] for i, row in enumerate(rows) if i not in (3, 5)]
+def test_read_rows_leaves_out_faulty_rows_with_a_count(load: Any, capsys: Any, question: Any, answer: Any) -> None:
+    key = "dataset.target_field" if question == "q" else "dataset.input_field"
+    odd = {"question": question, "answer": answer}
+    assert load([*ROWS[:3], odd, *ROWS[3:6], odd, *ROWS[6:8]]).train == PAIRS[:8]
     said = capsys.readouterr().out
-    assert "2 of 24 train rows are faulty and left out; the first: dataset.target_field: row 3" in said
+    assert "2 of 10 train rows" in said and key in said and "row 3 of train" in said
+    assert load([*ROWS[:2], odd, odd]).train == PAIRS[:2]
+    message = refusal(load, [*ROWS[:2], odd, odd, odd])  # more than half
+    assert message.startswith(f"{key}: row 2 of train") and "3 of 5" in message
 
 
-@pytest.mark.parametrize("template", [PLAIN_TEMPLATE, STRIPPING_TEMPLATE, THINKING_TEMPLATE])
+@pytest.mark.parametrize(("question", "answer"), [(["q"], "1"), (5, "1"), ("q", True), ("q", ["1"]), ("q", {"a": 1})])
+def test_read_rows_column_that_is_no_text(load: Any, question: Any, answer: Any) -> None:
+    key = "target_field" if question == "q" else "input_field"
+    assert refusal(load, [{"question": question, "answer": answer}]).startswith(f"dataset.{key}: row 0 of train")
+
+
+def test_read_rows_target_that_the_extractor_does_not_read(load: Any, capsys: Any) -> None:
+    gsm8k = {"reward.answer_extractor": "gsm8k_hash"}
+    message = refusal(load, answers("so it is 5!", "x"), gsm8k)
+    assert message.startswith("dataset.target_field: row 0 of train")
+    assert all(word in message for word in ("gsm8k_hash", "so it is 5!", "identity"))  # which would read it
+    assert load(answers("so #### 5", "6", "{x}"), gsm8k).train == [("q0", "so #### 5"), ("q1", "6")]
+    assert "'{x}'" in capsys.readouterr().out
+
+
+KEPT = [
+    [5, -7, 2**53 + 1], [0.5, 4.25], ["10000000000000000000001", "007"], ["a,b", 'say "c"', "é\u2028ü"],
+    ["2024-01-05", "1999-12-31"],  # which the reader takes for dates
+]  # fmt: skip
+LOST = [[10**22 + 1, 10**22 + 3], [2**53 + 1, 4.5], [4.5, -(2**53) - 1], [2**63 + 1, 5], [10**22 + 1, "5"]]
+
+
+@pytest.mark.parametrize("targets", KEPT)
+def test_as_text_keeps_what_was_written(load: Any, targets: list[Any]) -> None:
+    assert [target for _, target in load(answers(*targets)).train] == list(map(str, targets))
+
+
+@pytest.mark.parametrize("targets", LOST)
+def test_as_text_refuses_numbers_that_lost_digits(load: Any, targets: list[Any]) -> None:
+    """Two targets 10^22 + 1 and 10^22 + 3 would both be 1e+22."""
+    assert refusal(load, answers(*targets)).startswith("dataset.")
+
+
+def test_read_rows_nan_is_no_answer(load: Any, tmp_path: Path, capsys: Any) -> None:
+    assert load(answers(float("nan"), 4.5, 0.25)).train == [("q1", "4.5"), ("q2", "0.25")]
+    assert "NaN" in capsys.readouterr().out
+    (tmp_path / "train.jsonl").unlink()
+    (tmp_path / "train.csv").write_text("question,answer\na,NaN\nb,\nc,x\nd,y\n")
+    assert load(tmp_path).train == [("c", "x"), ("d", "y")]
+
+
+def test_read_rows_columns_stay_with_their_row(load: Any, tmp_path: Path) -> None:
+    """Rewards in TRL's form read columns of the dataset, also where rows before were left out."""
+    (tmp_path / "own.py").write_text("def easy(completions, question, **rest):\n    return [1.0] * len(question)\n")
+    examples = load(answers("5", "", "5"), {"reward.module": str(tmp_path / "own.py"), "reward.fn": "easy"}).parts[0]
+    assert [(example.question, example.columns["question"]) for example in examples] == [("q0", "q0"), ("q2", "q2")]
+
+
+def test_load_examples_never_trains_on_test_rows(load: Any, capsys: Any) -> None:
+    """Nor on those that test_split_size does not evaluate, nor on copies that differ in white space."""
+    copies = [row | {"question": f" {row['question']}\n"} for row in ROWS[8:]]
+    loaded = load([*ROWS, *copies], {"dataset.test_split_size": 2, "eval.max_examples": 1})
+    assert (loaded.train, loaded.test) == (PAIRS[:8], PAIRS[8:9])
+    loaded = load(ROWS, {"dataset.test_split_size": 2}, smoke=4)
+    assert (loaded.train, loaded.test) == (PAIRS[:4], PAIRS[8:10])
+    assert "8 train rows" in capsys.readouterr().out
+    assert refusal(load, copies).startswith("dataset.name: ")
+
+
+def test_hold_out_depends_on_the_rows_alone(load: Any, tmp_path: Path) -> None:
+    """Another seed must not train on what one has tested: Stage II may start from another seed's Stage I."""
+    rows = [{"question": f"{i}+{i}=?", "answer": str(2 * i)} for i in range(60)]
+    held_out = SPLIT | {"eval.validation": 7}
+    first = load(write_jsonl(tmp_path / "a.jsonl", rows), held_out)
+    assert (len(first.test), len(first.validation), len(first.train)) == (5, 7, 48)
+    assert len({*first.train, *first.validation, *first.test}) == 60
+    assert first.test[4][0] != "4+4=?", "not simply the first rows"
+    other = load(tmp_path / "a.jsonl", held_out | {"train.seed": 2})
+    assert (other.test, other.validation) == (first.test, first.validation)
+    random.Random(1).shuffle(rows)
+    other = load(write_jsonl(tmp_path / "b.jsonl", rows), held_out)
+    assert [sorted(other.test), sorted(other.validation)] == [sorted(first.test), sorted(first.validation)]
+
+
+def test_hold_out_keeps_copies_on_one_side(load: Any, tmp_path: Path) -> None:
+    doubled = [*ROWS, *(row | {"question": row["question"] + " "} for row in ROWS)]
+    place = write_jsonl(tmp_path / "all.jsonl", doubled)
+    loaded = load(place, SPLIT | {"eval.validation": 3})
+    sides = [{question.strip() for question, _ in side} for side in (loaded.train, loaded.validation, loaded.test)]
+    assert all(sides) and len(set.union(*sides)) == sum(map(len, sides))
+    assert refusal(load, place, SPLIT | {"dataset.test_split_size": 24}).startswith("dataset.test_split_size: ")
+    assert refusal(load, ROWS[:1] * 9, {"eval.validation": 2}).startswith("eval.validation: ")
+
+
+# ----------------------------------------------------------------------------------------------- budgets, chat template
+
+
+def test_encode_rows_leaves_out_prompts_over_budget(load: Any, capsys: Any) -> None:
+    rows = [*ROWS[:3], {"question": "9" * 40, "answer": "1"}, *ROWS[3:8]]
+    loaded = load(rows)
+    assert loaded.train == PAIRS[:8]
+    budget, said = "train.max_prompt_length_attempt1", capsys.readouterr().out
+    assert "1 of 9 train prompts" in said and budget in said
+    longest = max(len(example.prompt) for example in loaded.parts[0])
+    assert load(rows, {budget: longest}).train == PAIRS[:8], "the budget itself fits"
+    assert refusal(load, rows, {budget: 4}).startswith(f"{budget}: ")
+
+
+def render(make_config: Any, changes: dict[str, Any]) -> tuple[str, str, str]:
+    """Attempt 1's prompt for the question "?", the bridge to attempt 2, and the think tag that it leaves open."""
+    config = make_config(changes)
+    tokenizer = train.load_tokenizer(config)
+    bridge, think = train.attempt2_bridge(tokenizer, config)
+    return train.chat_text(tokenizer, config, [{"role": "user", "content": "?"}]), tokenizer.decode(bridge), think
+
+
+USER, OPEN = "<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>assistant\n"
+BRIDGE = "<|im_end|>\n" + USER.format(SELF_CORRECTION) + OPEN
+
+
 @pytest.mark.parametrize("system", ["", "Add."])
-def test_worked_examples_are_earlier_turns_of_both_prompts_verbatim(
-    make_policy: Callable[..., Any], tmp_path: Path, template: str, system: str
-) -> None:
-    """Also where the template cuts the reasoning out of earlier turns; and attempt 2 sees them too."""
-    if not system:  # a template that has no such role
+@pytest.mark.parametrize("template", [PLAIN_TEMPLATE, STRIPPING_TEMPLATE, THINKING_TEMPLATE])
+def test_chat_text_and_bridge(make_config: Any, template: str, system: str) -> None:
+    """Worked examples stand verbatim, also where the template cuts the reasoning out of earlier turns."""
+    if not system:  # a template without such a role
         template = "{%- if messages[0].role == 'system' -%}{{ raise_exception('no system') }}{%- endif -%}" + template
-    reasoned = {"input": "1+1=?", "output": "<think>one more</think><answer>2</answer>"}
-    shown = [reasoned, {"input": "2+2=?", "output": "4"}]
-    room = {"max_prompt_length_attempt1": 200, "max_prompt_length_attempt2": 300}
-    policy, config = make_policy(
-        {
-            "model.name": str(build_model(tmp_path / "model", template=template)),
-            "prompts.examples": shown,
-            "prompts.system": system,
-            "model.max_seq_length": 320,
-            **{f"train.{key}": value for key, value in room.items()},
-        }
-    )
-    examples, _ = train.load_examples(config, policy.tokenizer)
-    first, second = (a.prompts[0] for a in train.roll_out(policy, examples[:1], config, 1.0, "seed"))
-    turn = "<|im_start|>{}\n{}<|im_end|>\n".format
-    expected = (
-        turn("system", system) * bool(system)
-        + "".join(
-            turn("user", example["input"]) + f"<|im_start|>assistant\n{example['output']}<|im_end|>\n"
-            for example in shown
-        )
-        + turn("user", examples[0].question)
-        + "<|im_start|>assistant\n"
-    )
-    text = policy.tokenizer.decode(first)
-    if not template.endswith(THINKING_TEMPLATE):
-        assert text == expected
-    for example in shown:
-        assert text.count(example["output"]) == 1
-    assert second[: len(first)] == first
-    assert "one more" not in policy.tokenizer.decode(policy.bridge)
+    shown = [{"input": "1+1=?", "output": "<think>one more</think><answer>2</answer>"}, {"input": "2", "output": "4"}]
+    changes = {"model.chat_template": template, "prompts.examples": shown, "prompts.system": system}
+    prompt, bridge, think = render(make_config, changes)
+    thinks = "<think>\n" * template.endswith(THINKING_TEMPLATE)
+    worked = "".join(USER.format(turn["input"]) + OPEN + turn["output"] + "<|im_end|>\n" for turn in shown)
+    head = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+    assert prompt == head + worked + USER.format("?") + OPEN + thinks
+    assert (bridge, think) == (BRIDGE + thinks, "<think>" if thinks else "")
 
 
-def test_worked_examples_count_against_the_budget(make_config: Callable[..., Any]) -> None:
-    config = make_config({"prompts.examples": [{"input": "1+1=?", "output": "2" * 60}]})
-    with pytest.raises(train.UserError, match="max_prompt_length_attempt1: all 24 train prompts are longer"):
-        train.load_examples(config, train.load_tokenizer(config))
+@pytest.mark.parametrize(("value", "tail"), [(True, "<think>"), (False, "")])
+def test_chat_text_template_variables(make_config: Any, value: bool, tail: str) -> None:
+    template = PLAIN_TEMPLATE + "{{ '<think>' if enable_thinking else '' }}"
+    changes = {"model.chat_template": template, "model.chat_template_kwargs.enable_thinking": value}
+    assert render(make_config, changes)[1] == BRIDGE + tail
 
 
-def test_a_template_that_loses_earlier_turns_is_refused_examples(make_config: Callable[..., Any]) -> None:
-    last_only = PLAIN_TEMPLATE.replace("in messages", "in messages[-1:]")
-    config = make_config({"prompts.examples": [{"input": "1+1=?", "output": "2"}], "model.chat_template": last_only})
-    with pytest.raises(train.UserError, match="^prompts.examples: "):
-        train.load_examples(config, train.load_tokenizer(config))
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+IGNORES_SYSTEM = PLAIN_TEMPLATE.replace("in messages", "in messages if message.role != 'system'")
+NO_HISTORY, ONE_TURN = (PLAIN_TEMPLATE.replace("in messages", f"in messages[{part}]") for part in ("-1:", ":2"))
+BAD_TEMPLATES = [  # (template, more changes, the key that the line must name)
+    (NO_SYSTEM + PLAIN_TEMPLATE, {"prompts.system": "Add."}, "prompts.system"),
+    (IGNORES_SYSTEM, {"prompts.system": "Add."}, "prompts.system"),
+    (NO_HISTORY, {"prompts.examples": [{"input": "1+1=?", "output": "2"}]}, "prompts.examples"),
+    *((template, {}, "model.chat_template") for template in (NO_HISTORY, ONE_TURN, "{% for %}", "{{ messages.a.b }}")),
+    *((text, {}, "model.chat_template") for text in ("nowhere.jinja", "nowhere/{today}.jinja", "user says " * 400)),
+]
 
 
-@pytest.mark.parametrize(
-    ("examples", "key"),
-    [
-        ([{"input": "1+1=?"}], "prompts.examples.0.output: required"),
-        ([{"input": "1+1=?", "output": ""}], "prompts.examples.0.output: "),
-        ([{"input": "1+1=?", "outptu": "2", "output": "2"}], "prompts.examples.0.outptu: unknown key"),
-        ({"input": "1+1=?"}, "prompts.examples: "),
-    ],
-)
-def test_faulty_worked_examples_are_named(make_config: Callable[..., Any], examples: Any, key: str) -> None:
-    with pytest.raises(train.UserError) as error:
-        make_config({"prompts.examples": examples})
-    assert str(error.value).startswith(key), error.value
+@pytest.mark.parametrize(("template", "changes", "key"), BAD_TEMPLATES)
+def test_chat_template_refused(make_config: Any, template: str, changes: dict, key: str) -> None:
+    assert refusal(render, make_config, {"model.chat_template": template} | changes).startswith(f"{key}: ")
+
+
+def test_chat_template_file(make_config: Any, tmp_path: Path) -> None:
+    """With a byte order mark, by a path that looks like a template; a file that is no text is refused."""
+    file = tmp_path / "{{today}} {% x %}.jinja"
+    file.write_text(PLAIN_TEMPLATE, encoding="utf-8-sig")
+    assert render(make_config, {"model.chat_template": str(file)})[0] == USER.format("?") + OPEN
+    file.write_bytes(PLAIN_TEMPLATE.encode() + b"caf\xe9")
+    assert refusal(render, make_config, {"model.chat_template": str(file)}).startswith("model.chat_template: ")
+
+
+def test_attempt2_bridge_computes_open_budgets(make_config: Any) -> None:
+    def budgets(changes: dict[str, Any]) -> tuple[int, int, int]:
+        config = make_config(changes)
+        bridge, _ = train.attempt2_bridge(train.load_tokenizer(config), config)
+        return len(bridge), config.train.max_prompt_length_attempt2, config.model.max_seq_length
+
+    bridge, *computed = budgets({})
+    need = 48 + 8 + bridge
+    assert computed == [need, need + 12]
+    given = {"train.max_prompt_length_attempt2": need, "model.max_seq_length": 140}
+    assert budgets(given)[1:] == (need, 140)
+    for key, little in (("train.max_prompt_length_attempt2", need - 1), ("model.max_seq_length", need + 11)):
+        assert refusal(budgets, {key: little}).startswith(f"{key}: ")
+
+
+def test_check_same_names_a_template_that_prints_the_date(make_config: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    config = make_config({"model.chat_template": "{{ strftime_now('%d %b %Y') }}" + PLAIN_TEMPLATE})
+    tokenizer = train.load_tokenizer(config)
+
+    def marks(day: int) -> dict[str, str]:
+        today = SimpleNamespace(now=lambda: datetime(2026, 3, day))
+        monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", today)
+        bridge, _ = train.attempt2_bridge(tokenizer, config)
+        return train.fingerprints(*train.load_examples(config, tokenizer), bridge, config)
+
+    state = {"stage": 1, "step": 0, "finished": False, "logs": {}, "marks": marks(1), "seconds": 0.0}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump()))
+    train.check_same(tmp_path, config, marks(1), "--resume")
+    message = refusal(train.check_same, tmp_path, config, marks(2), "--resume")
+    assert message.startswith("--resume: ") and "chat template" in message
+
+
+# ------------------------------------------------------------------------------------------------ the order of training
+
+
+def test_stage_batches_are_seeded_shuffles(make_config: Any) -> None:
+    """Another order for each epoch, stage and seed; the leftovers of an epoch are left out."""
+
+    def order(stage: int, **keys: Any) -> list[list[int]]:
+        return train.stage_batches(stage, 27, make_config({f"train.{key}": value for key, value in keys.items()}))
+
+    epochs = {"stage1_epochs": 2, "stage2_epochs": 2}
+    first = order(1, **epochs)
+    assert [len(batch) for batch in first] == [8] * 6
+    halves = [sum(first[:3], []), sum(first[3:], [])]
+    assert all(len(set(half)) == 24 and set(half) <= set(range(27)) for half in halves)
+    assert halves[0] != halves[1] and halves[0] != sorted(halves[0])
+    assert order(1, **epochs) == first
+    for other in (order(2, **epochs), order(1, **epochs, seed=2)):
+        assert other[:3] != first[:3] and other[3:] != first[3:]
+    assert order(1, stage1_steps=4) == first[:4], "steps go on where an epoch ends"
+    assert order(1, stage1_epochs=1.34) == first[:4]
+    assert [len(batch) for batch in order(2, stage2_batch_size=4, num_generations=2, oversample=3)] == [12, 12]
+    assert order(1, stage1_epochs=0) == order(1, stage1_steps=0) == []
+    oversampled = {"stage1_batch_size": 14, "num_generations": 2, "oversample": 2}
+    for keys in ({"stage1_batch_size": 28}, {"stage1_epochs": 0.1}, oversampled):
+        assert refusal(partial(order, 1, **keys)).startswith(f"train.{next(iter(keys))}: ")

@@ -14,12 +14,7 @@ import pytest
 from conftest import ROOT, build_model
 
 pytestmark = pytest.mark.gpu
-KEYS = {
-    "model.max_seq_length": 480,
-    "train.max_prompt_length_attempt2": 220,
-    "train.max_new_tokens_attempt2": 256,
-    "train.max_new_tokens_attempt1": 64,
-}
+KEYS = {"train.max_new_tokens_attempt2": 256, "train.max_new_tokens_attempt1": 64}
 needs_unsloth = pytest.mark.skipif(not importlib.util.find_spec("unsloth"), reason="needs unsloth")
 
 
@@ -36,10 +31,13 @@ def make_gpu_policy(make_policy: Callable[..., Any], tmp_path: Path) -> Callable
     return make
 
 
-def ragged_rows(count: int = 16) -> tuple[list[list[int]], list[list[int]]]:
+def ragged_rows(count: int = 16) -> list[list[Any]]:
+    """Conversations of one turn each, of all lengths."""
+    import train
+
     prompts = [[10 + (row * 7 + i) % 90 for i in range(3 + 5 * row % 60)] for row in range(count)]
     completions = [[10 + (row * 11 + 3 * i) % 90 for i in range(4 + 9 * row % 100)] for row in range(count)]
-    return prompts, completions
+    return [[train.Turn(*pair)] for pair in zip(prompts, completions, strict=True)]
 
 
 def move(policy: Any, scale: float = 0.05) -> None:
@@ -62,14 +60,14 @@ def test_unsloth_and_transformers_give_the_same_log_probs(make_gpu_policy: Calla
     rows = ragged_rows()
     fast = make_gpu_policy(True)
     move(fast)
-    train.save_checkpoint(fast, tmp_path / "stage1", {"stage": 1, "step": 1, "finished": True}, None)
+    train.save_checkpoint(fast, tmp_path / "stage1", {"stage": 1, "step": 1, "finished": True}, None, "")
     slow = make_gpu_policy(False, adapter=tmp_path / "stage1")
     moved, base = [], []
     for policy in (fast, slow):
         with torch.no_grad():
-            moved.append(train.completion_log_probs(policy, *rows, 0.8))
+            moved.append(train.completion_log_probs(policy, rows, 0.8))
             with train.reference(policy):
-                base.append(train.completion_log_probs(policy, *rows, 0.8))
+                base.append(train.completion_log_probs(policy, rows, 0.8))
     for mine, theirs in (moved, base):  # bf16 carries 8 bits: a hundredth of a random model's log-probs of -8 or so
         difference, size = (mine - theirs).abs(), theirs.abs().mean().item()
         print(f"mean difference {difference.mean().item():.4f}, mean log-prob {-size:.2f}")
@@ -86,7 +84,7 @@ def test_gradients_reach_every_lora_weight(make_gpu_policy: Callable[..., Any], 
 
     policy = make_gpu_policy(use_unsloth)
     move(policy)
-    train.completion_log_probs(policy, *ragged_rows(), 1.0).mean().backward()
+    train.completion_log_probs(policy, ragged_rows(), 1.0).mean().backward()
     for name, weight in policy.trainable.items():
         assert weight.dtype == torch.float32
         assert weight.grad is not None, name
@@ -111,7 +109,7 @@ def test_checkpointing_auto_goes_by_the_free_memory_and_changes_no_gradient(
         assert (policy.recompute is None) == (enough == 10**12)
         move(policy)
         before = torch.cuda.memory_allocated()
-        log_probs = train.completion_log_probs(policy, *ragged_rows(), 1.0)
+        log_probs = train.completion_log_probs(policy, ragged_rows(), 1.0)
         peaks.append(torch.cuda.memory_allocated() - before)
         log_probs.mean().backward()
         found.append(torch.cat([weight.grad.flatten() for weight in policy.trainable.values()]))
@@ -131,10 +129,9 @@ def test_right_padding_is_exact_and_left_padding_is_not(make_gpu_policy: Callabl
     move(policy)
     prompt, completion = [20, 30, 40], [50, 60, 70, 80]
     with torch.no_grad():
-        alone = train.completion_log_probs(policy, [prompt], [completion], 1.0)
-        beside = train.completion_log_probs(policy, [prompt, [25] * 90], [completion, [35] * 20], 1.0)[
-            : len(completion)
-        ]
+        short, long = [train.Turn(prompt, completion)], [train.Turn([25] * 90, [35] * 20)]
+        alone = train.completion_log_probs(policy, [short], 1.0)
+        beside = train.completion_log_probs(policy, [short, long], 1.0)[: len(completion)]
         row = [policy.pad_token_id] * 60 + prompt + completion
         ids = torch.tensor([row], device=train.DEVICE)
         with train.autocast(policy):
@@ -154,11 +151,11 @@ def test_memory_does_not_grow_as_batch_times_tokens_times_vocabulary(make_gpu_po
 
     vocab = 150_000
     policy = make_gpu_policy(True, vocab_size=vocab)
-    prompts, completions = [[20, 30]] * 32, [[40] * 200] * 32
+    rows = [[train.Turn([20, 30], [40] * 200)]] * 32
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    train.completion_log_probs(policy, prompts, completions, 1.0).mean().backward()
+    train.completion_log_probs(policy, rows, 1.0).mean().backward()
     peak = torch.cuda.max_memory_allocated() - before
     assert peak < 32 * 200 * vocab * 4 / 3
 
@@ -173,13 +170,14 @@ def test_the_decoder_samples_from_the_policy_that_is_trained(
 
     policy = make_gpu_policy(use_unsloth)
     move(policy)
-    assert policy.decoder is not None
-    prompts = ragged_rows(24)[0]
+    assert isinstance(policy.sampler, train.Decoder)
+    prompts = [turn.prompt for (turn,) in ragged_rows(24)]
     completions, sampled = train.sample(policy, prompts, 48, 0.9, "seed")
     again, _ = train.sample(policy, prompts, 48, 0.9, "seed")
     assert completions == again
     with torch.no_grad():
-        trained = train.completion_log_probs(policy, prompts, completions, 0.9).cpu()
+        turns = [[train.Turn(*pair)] for pair in zip(prompts, completions, strict=True)]
+        trained = train.completion_log_probs(policy, turns, 0.9).cpu()
     drift = (trained - torch.tensor([p for row in sampled for p in row])).abs()
     assert len(drift) > 200
     assert drift.mean().item() < 0.03
@@ -188,19 +186,11 @@ def test_the_decoder_samples_from_the_policy_that_is_trained(
 
 @needs_unsloth
 def test_the_shipped_default_smokes_on_the_gpu_with_unsloth(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "train.py",
-        "--config",
-        "configs/tiny.yaml",
-        "--smoke",
-        "8",
-        "--set",
-        f"output.dir={tmp_path}",
-    ]
+    flags = ["--config", "configs/tiny.yaml", "--smoke", "8", "--set", f"output.dir={tmp_path}"]
+    command = [sys.executable, "train.py", *flags]
     done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    (folder,) = tmp_path.iterdir()
+    folder = tmp_path / "score-tiny-smoke"
     results = json.loads((folder / "results.json").read_text())
     assert results["versions"]["unsloth"]
     assert results["device"] != "cpu"

@@ -1,479 +1,270 @@
-"""Sampling and the two attempts: what is sampled is the policy, and attempt 2 sees attempt 1 verbatim."""
+"""The two attempts: attempt 2 sees attempt 1 verbatim, both are graded, an evaluation counts as the paper does."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
-from pathlib import Path
+import random
+import sys
+from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import (
-    END_OF_TEXT,
-    IM_END,
-    PLAIN_TEMPLATE,
-    SELF_CORRECTION,
-    STRIPPING_TEMPLATE,
-    THINKING_TEMPLATE,
-    build_model,
-    perturb,
-)
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import END_OF_TEXT, IM_END, PLAIN_TEMPLATE, SELF_CORRECTION, build_model, perturb
 
+import profile_run
 import train
 
-ROUTES = ["auto", "generate"]  # the built-in decoder where it serves, and transformers' own loop
+BRIDGE = f"<|im_end|>\n<|im_start|>user\n{SELF_CORRECTION}<|im_end|>\n<|im_start|>assistant\n"
+RIGHT, WRONG, NONE = f"<answer>42</answer>{IM_END}", f"<answer>41</answer>{IM_END}", f"<answer>no{IM_END}"
 
 
 def encode(policy: Any, text: str) -> list[int]:
     return policy.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def examples_of(policy: Any, config: Any, questions: list[str]) -> list[Any]:
-    """Examples with their prompts, by the same way that data takes."""
-    rows = [(question, "42") for question in questions]
-    return train.encode_rows(rows, "train", config, policy.tokenizer)
+def examples_of(policy: Any, config: Any, questions: list[str], target: str = "42") -> list[Any]:
+    """Examples with their prompts, as data gets them."""
+    return train.encode_rows([(text, target, {}) for text in questions], "train", config, policy.tokenizer)
 
 
-def say_instead(monkeypatch: pytest.MonkeyPatch, policy: Any, *attempts: list[str]) -> list[list[list[int]]]:
-    """Makes the policy "sample" these texts; returns the list in which the prompts it is given gather."""
-    prompts_seen: list[list[list[int]]] = []
+class Listening:
+    """Stands before a policy's sampler and notes each call; `texts`, a list a call, are said in place of samples."""
 
-    def scripted(policy: Any, prompts: list[list[int]], *_: Any) -> tuple[list[list[int]], None]:
-        prompts_seen.append(prompts)
-        return [encode(policy, text) for text in attempts[len(prompts_seen) - 1]], None
+    def __init__(self, policy: Any, *texts: list[str]) -> None:
+        self.tokenizer, self.inner, self.texts, self.calls = policy.tokenizer, policy.sampler, list(texts), []
+        self.conversation, self.forget = policy.sampler.conversation, policy.sampler.forget
+        policy.sampler = self
 
-    monkeypatch.setattr(train, "sample", scripted)
-    return prompts_seen
-
-
-# ----------------------------------------------------------------------------------------------------------- sampling
-
-
-def surprise_bins(policy: Any, prompts: list, completions: list, temperature: float, bins: int = 20) -> list[int]:
-    """Counts that are even, [bins], if every token was drawn from softmax(logits / temperature).
-
-    A token's place among the probabilities in falling order, at random within its own share, is uniform then."""
-    counts, generator = [0] * bins, torch.Generator().manual_seed(7)
-    model = policy.model
-    for prompt, completion in zip(prompts, completions, strict=True):
-        logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].double()
-        ordered, tokens = (logits / temperature).softmax(-1).sort(-1, descending=True)
-        for share, order, token in zip(ordered, tokens, completion, strict=True):
-            place = order.tolist().index(token)
-            within = share[:place].sum() + share[place] * torch.rand((), generator=generator, dtype=torch.float64)
-            counts[min(bins - 1, int(within.item() * bins))] += 1
-    return counts
-
-
-def chi_square(counts: list[float], expected: list[float]) -> float:
-    return sum((c - e) ** 2 / e for c, e in zip(counts, expected, strict=True))
-
-
-def chi_square_limit(freedom: int) -> float:
-    """What chance exceeds once in 100,000 (Wilson and Hilferty)."""
-    return freedom * (1 - 2 / (9 * freedom) + 4.265 * math.sqrt(2 / (9 * freedom))) ** 3
-
-
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.5])
-def test_first_tokens_come_from_the_whole_softmax(
-    make_policy: Callable[..., Any], route: str, temperature: float
-) -> None:
-    """The model's own generation_config asks for top_k 5, top_p 0.5 and a repetition penalty."""
-    policy, _ = make_policy({"model.decoder": route})
-    perturb(policy)
-    prompt, count = [20, 30, 40, 30], 6000
-    completions, _ = train.sample(policy, [prompt] * count, 1, temperature, "seed")
-    with torch.no_grad():
-        probabilities = (policy.model(input_ids=torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
-    expected = probabilities.double() * count
-    observed = torch.bincount(torch.tensor([row[0] for row in completions]), minlength=len(probabilities)).double()
-    common = expected >= 8
-    tail = [observed[~common].sum().item()], [expected[~common].sum().item()]
-    statistic = chi_square([*observed[common].tolist(), *tail[0]], [*expected[common].tolist(), *tail[1]])
-    assert common.sum() > 6
-    assert statistic < chi_square_limit(int(common.sum()))
-
-
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_all_tokens_of_ragged_rows_come_from_the_policy(
-    make_policy: Callable[..., Any], route: str, temperature: float
-) -> None:
-    policy, _ = make_policy({"model.decoder": route})
-    perturb(policy)
-    prompts = [[20 + (row * 7 + i) % 60 for i in range(2 + row % 9)] for row in range(300)]
-    completions, _ = train.sample(policy, prompts, 8, temperature, "seed")
-    with torch.no_grad():
-        counts = surprise_bins(policy, prompts, completions, temperature)
-        flat = surprise_bins(policy, prompts, completions, 1.25 * temperature)  # and the test can see another policy
-    assert sum(counts) > 1000
-    assert chi_square(counts, [sum(counts) / 20] * 20) < chi_square_limit(19)
-    assert chi_square(flat, [sum(flat) / 20] * 20) > chi_square_limit(19)
-
-
-@pytest.mark.parametrize("route", ROUTES)
-def test_temperature_zero_is_greedy(make_policy: Callable[..., Any], route: str) -> None:
-    policy, _ = make_policy({"model.decoder": route})
-    perturb(policy)
-    prompts = [[20, 30, 40], [50, 60], [70, 71, 72, 73, 74]]
-    completions, _ = train.sample(policy, prompts, 10, 0.0, "seed")
-    for prompt, completion in zip(prompts, completions, strict=True):
-        with torch.no_grad():
-            logits = policy.model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-        assert completion == logits.argmax(-1).tolist()
-        assert len(completion) == 10 or completion[-1] in policy.eos_token_ids
-
-
-@pytest.mark.parametrize("route", ROUTES)
-def test_a_seed_decides_every_sample(make_policy: Callable[..., Any], route: str) -> None:
-    policy, config = make_policy({"model.decoder": route})
-    examples = examples_of(policy, config, ["1+1=?", "12+34=?", "7+8=?"])
-    torch.manual_seed(5)
-    one = train.roll_out(policy, examples, config, 1.0, "a/1")
-    torch.manual_seed(6)  # the state of the global generator does not matter
-    two = train.roll_out(policy, examples, config, 1.0, "a/1")
-    other = train.roll_out(policy, examples, config, 1.0, "a/2")
-    for a, b in zip(one, two, strict=True):
-        assert (a.completions, a.texts, a.rewards, a.truncated) == (b.completions, b.texts, b.rewards, b.truncated)
-    assert [a.completions for a in one] != [a.completions for a in other]
-
-
-def test_log_probs_of_the_decoder_are_those_of_the_training_forward(policy: Any) -> None:
-    prompts = [[20, 30, 40], [50, 60], [70, 71, 72, 73, 74]]
-    completions, sampled = train.sample(policy, prompts, 10, 0.8, "seed")
-    assert [len(row) for row in sampled] == [len(row) for row in completions]
-    with torch.no_grad():
-        trained = train.completion_log_probs(policy, prompts, completions, 0.8)
-    torch.testing.assert_close(torch.tensor([p for row in sampled for p in row]), trained, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("route", ROUTES)
-def test_any_of_several_eos_tokens_ends_a_row_once(make_policy: Callable[..., Any], route: str) -> None:
-    policy, _ = make_policy({"model.decoder": route})
-    ends = policy.tokenizer.convert_tokens_to_ids([IM_END, END_OF_TEXT])
-    assert sorted(policy.eos_token_ids) == sorted(ends)
-    completions, _ = train.sample(policy, [[20, 30, 40]] * 200, 8, 1.0, "seed")
-    finished = [row for row in completions if row[-1] in ends]
-    assert {row[-1] for row in finished} == set(ends)
-    assert all(token not in ends for row in completions for token in row[:-1])
-    assert all(len(row) == 8 for row in completions if row[-1] not in ends)
-
-
-def test_rollouts_leave_the_policy_as_they_found_it(make_policy: Callable[..., Any]) -> None:
-    policy, config = make_policy()
-    before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
-    train.roll_out(policy, examples_of(policy, config, ["1+1=?"]), config, 1.0, "a")
-    assert policy.model.training
-    assert torch.is_grad_enabled()
-    assert set(policy.trainable) == {name for name in before if "lora_" in name}
-    assert all(torch.equal(p, before[name]) for name, p in policy.model.named_parameters())
-    assert train.completion_log_probs(policy, [[20]], [[21]], 1.0).requires_grad
-
-
-# ------------------------------------------------------------------------------------------------------- tokenizers
-
-
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize(
-    "names",
-    [
-        {"pad": None},  # no pad token
-        {"pad": IM_END},  # pad is the end of a turn
-        {"pad": END_OF_TEXT},
-        {"eos": END_OF_TEXT},  # the generation config has others
-        {"eos": None, "pad": None},  # the tokenizer names neither; the model does
-    ],
-    ids=str,
-)
-def test_tokenizers_without_a_pad_or_with_shared_ids(
-    make_policy: Callable[..., Any], tmp_path: Path, names: dict, route: str
-) -> None:
-    """Greedy completions of a ragged batch do not depend on which token pads."""
-    plain, config = make_policy({"model.decoder": "generate"})
-    perturb(plain)
-    policy, config = make_policy({"model.name": str(build_model(tmp_path / "model", **names)), "model.decoder": route})
-    perturb(policy)
-    assert set(policy.eos_token_ids) == set(plain.eos_token_ids)
-    examples = examples_of(policy, config, ["1+1=?", "12+34=?", "7+8=?", "100+200=?"])
-    expected = train.roll_out(plain, examples, config, 0.0, "a")
-    for mine, theirs in zip(train.roll_out(policy, examples, config, 0.0, "a"), expected, strict=True):
-        assert (mine.completions, mine.texts, mine.truncated) == (theirs.completions, theirs.texts, theirs.truncated)
-        alone = train.completion_log_probs(policy, mine.prompts[:1], mine.completions[:1], 1.0)
-        batch = train.completion_log_probs(policy, mine.prompts, mine.completions, 1.0)
-        torch.testing.assert_close(batch[: len(alone)], alone, atol=1e-5, rtol=0)
-
-
-def test_a_model_without_a_chat_template_is_refused(make_policy: Callable[..., Any], tmp_path: Path) -> None:
-    folder = build_model(tmp_path / "model")
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
-    settings_file = folder / "tokenizer_config.json"
-    kept = {key: value for key, value in json.loads(settings_file.read_text()).items() if key != "chat_template"}
-    settings_file.write_text(json.dumps(kept))
-    with pytest.raises(train.UserError, match="chat_template"):
-        make_policy({"model.name": str(folder)})
-    policy, _ = make_policy({"model.name": str(folder), "model.chat_template": PLAIN_TEMPLATE})
-    assert policy.tokenizer.chat_template == PLAIN_TEMPLATE
-    file = tmp_path / "template.jinja"
-    file.write_text(PLAIN_TEMPLATE)
-    policy, _ = make_policy({"model.name": str(folder), "model.chat_template": str(file)})
-    assert policy.tokenizer.chat_template == PLAIN_TEMPLATE
-
-
-@pytest.mark.parametrize(
-    ("template", "key"),
-    [
-        ("{{ raise_exception('System role not supported') }}", "prompts.system"),
-        ("{%- for m in messages -%}{{ m.nothing.at_all }}{%- endfor -%}", "model.chat_template"),
-        ("{%- for m in messages", "model.chat_template"),
-        ("{{ messages[-1].content }}", "model.chat_template"),  # drops the first attempt
-        ("{%- for m in messages[:2] -%}{{ m.content }}{%- endfor -%}", "model.chat_template"),  # drops the instruction
-        ("no-such-file.jinja", "model.chat_template"),
-    ],
-)
-def test_templates_that_cannot_serve_are_named(make_policy: Callable[..., Any], template: str, key: str) -> None:
-    system = {"prompts.system": "Be brief."} if key == "prompts.system" else {}
-    with pytest.raises(train.UserError, match=key):
-        make_policy({"model.chat_template": template} | system)
+    def generate(self, prompts: list, max_new_tokens: int, temperature: float, seed: int, first_row: int = 0) -> Any:
+        rows = [(seed, first_row + row) for row in range(len(prompts))]
+        self.calls.append(SimpleNamespace(prompts=prompts, budget=max_new_tokens, temperature=temperature, rows=rows))
+        if not self.texts:
+            return self.inner.generate(prompts, max_new_tokens, temperature, seed, first_row)
+        said = self.tokenizer(self.texts.pop(0), add_special_tokens=False)["input_ids"]
+        return said, [[-1.0] * len(row) for row in said]
 
 
 # ------------------------------------------------------------------------------------------------------ two attempts
 
-BRIDGE = f"<|im_end|>\n<|im_start|>user\n{SELF_CORRECTION}<|im_end|>\n<|im_start|>assistant\n"
-
 
 @pytest.mark.parametrize("ending", [IM_END, END_OF_TEXT, ""], ids=["eos", "other eos", "cut off"])
-def test_attempt_two_sees_attempt_one_verbatim_with_its_reasoning(
-    make_policy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, ending: str
-) -> None:
+def test_roll_out_shows_attempt_two_attempt_one_verbatim(make_policy, ending):
+    """With its reasoning, which the template would cut out, and its spaces."""
     policy, config = make_policy()
-    assert policy.tokenizer.chat_template == STRIPPING_TEMPLATE
     text = "<think>2+2</think>\n\n <answer>4</answer>  "
-    history = [
-        {"role": "user", "content": "q"},
-        {"role": "assistant", "content": text},
-        {"role": "user", "content": "r"},
-    ]
-    assert "2+2" not in policy.tokenizer.apply_chat_template(history, tokenize=False)  # the template would cut it
-    examples = examples_of(policy, config, ["2+2=?"])
-    prompts = say_instead(monkeypatch, policy, [text + ending], ["<answer>4</answer>" + IM_END])
-    first, second = train.roll_out(policy, examples, config, 1.0, "a")
-    assert prompts[0] == first.prompts == [encode(policy, "<|im_start|>user\n2+2=?<|im_end|>\n<|im_start|>assistant\n")]
-    assert prompts[1] == second.prompts == [first.prompts[0] + encode(policy, text) + encode(policy, BRIDGE)]
-    assert first.texts == [text]
-    assert second.texts == ["<answer>4</answer>"]
-    assert first.truncated == [ending == ""]
-    assert first.completions == [encode(policy, text + ending)]
+    history = [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]
+    assert "2+2" not in policy.tokenizer.apply_chat_template(history, tokenize=False)
+    heard = Listening(policy, [text + ending], [WRONG])
+    ((first, second),) = train.roll_out(policy, examples_of(policy, config, ["2+2=?"]), config, 1.0, "a")
+    assert first.prompt == encode(policy, "<|im_start|>user\n2+2=?<|im_end|>\n<|im_start|>assistant\n")
+    assert second.prompt == first.prompt + encode(policy, text) + encode(policy, BRIDGE)
+    assert [call.prompts for call in heard.calls] == [[first.prompt], [second.prompt]]
+    assert (first.text, second.text) == (text, "<answer>41</answer>")
+    assert (first.truncated, second.truncated) == (ending == "", False)
+    assert (first.completion, second.completion) == (encode(policy, text + ending), encode(policy, WRONG))
+    assert len(first.log_probs) == len(first.completion)
 
 
-def test_attempt_twos_prompt_is_the_templates_own_where_nothing_is_stripped(
-    make_policy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    policy, config = make_policy({"model.chat_template": PLAIN_TEMPLATE, "prompts.system": "Add."})
+def test_roll_out_builds_the_templates_own_prompt_where_nothing_is_stripped(make_policy):
+    keys = {"model.chat_template": "{{ mood }}" + PLAIN_TEMPLATE, "model.chat_template_kwargs": {"mood": "calm"}}
+    policy, config = make_policy(keys | {"prompts.system": "Add."})
     text = "<think>2+2</think><answer>4</answer>"
-    say_instead(monkeypatch, policy, [text + IM_END], [text + IM_END])
-    _, second = train.roll_out(policy, examples_of(policy, config, ["2+2=?"]), config, 1.0, "a")
-    conversation = [
-        {"role": "system", "content": "Add."},
-        {"role": "user", "content": "2+2=?"},
-        {"role": "assistant", "content": text},
-        {"role": "user", "content": SELF_CORRECTION},
-    ]
-    rendered = policy.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    assert policy.tokenizer.decode(second.prompts[0]) == rendered
-    assert second.prompts[0] == encode(policy, rendered)
+    Listening(policy, [text + IM_END], [text + IM_END])
+    ((_, second),) = train.roll_out(policy, examples_of(policy, config, ["2+2=?"]), config, 1.0, "a")
+    said = [("system", "Add."), ("user", "2+2=?"), ("assistant", text), ("user", SELF_CORRECTION)]
+    turns = [{"role": role, "content": content} for role, content in said]
+    rendered = policy.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, mood="calm")
+    assert rendered.startswith("calm")
+    assert second.prompt == encode(policy, rendered)
 
 
-def test_rewards_see_the_think_tag_that_the_template_opens(
-    make_policy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    policy, config = make_policy({"model.chat_template": THINKING_TEMPLATE})
-    say_instead(
-        monkeypatch, policy, ["a</think><answer>42</answer>" + IM_END], ["b</think><answer>1</answer>" + IM_END]
-    )
-    first, second = train.roll_out(policy, examples_of(policy, config, ["2+2=?"]), config, 1.0, "a")
-    assert (first.rewards, second.rewards) == ([1.0], [0.5])
-    assert (first.correct, second.correct) == ([True], [False])
-    prompt = policy.tokenizer.decode(second.prompts[0])
+def test_roll_out_gives_rewards_the_think_tag_that_the_template_opens(make_policy):
+    template = PLAIN_TEMPLATE.replace("assistant\\n'", "assistant\\n<think>\\n'")  # as DeepSeek-R1's
+    policy, config = make_policy({"model.chat_template": template})
+    Listening(policy, [f"a</think>{RIGHT}"], [f"b</think>{WRONG}"])
+    ((first, second),) = train.roll_out(policy, examples_of(policy, config, ["2+2=?"]), config, 1.0, "a")
+    assert (first.text, first.reward, second.reward) == ("<think>a</think><answer>42</answer>", 1.0, 0.5)
+    assert (first.correct, second.correct) == (True, False)
+    prompt = policy.tokenizer.decode(second.prompt)
     assert prompt.endswith("<think>\n")
-    assert prompt.count("<think>") == 2  # once a turn, not twice
+    assert prompt.count("<think>") == 2, "once a turn, not twice"
 
 
-def test_special_tokens_in_a_question_are_text_of_the_template_and_extra_variables_reach_it(
-    make_policy: Callable[..., Any],
-) -> None:
-    template = PLAIN_TEMPLATE + "{%- if mood is defined -%}{{ mood }}{%- endif -%}"
-    policy, config = make_policy({"model.chat_template": template, "model.chat_template_kwargs": {"mood": "calm"}})
-    (example,) = examples_of(policy, config, ["2+2=?"])
-    assert policy.tokenizer.decode(example.prompt).endswith("assistant\ncalm")
-    assert policy.tokenizer.decode(policy.bridge).endswith("assistant\ncalm")
-
-
-def test_attempts_are_graded_against_their_own_target(
-    make_policy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_roll_out_corrects_each_first_attempt_as_often_as_asked(make_policy):
+    """Every turn is graded against its own problem's target."""
     policy, config = make_policy()
+    examples = examples_of(policy, config, ["a"]) + examples_of(policy, config, ["b"], target="41")
+    heard = Listening(policy, [RIGHT, NONE], [RIGHT, WRONG, WRONG, RIGHT])
+    conversations = train.roll_out(policy, examples, config, 1.0, "a", corrections=2)
+    assert [len(call.prompts) for call in heard.calls] == [2, 4]
+    assert [[turn.answer for turn in c] for c in conversations] == [["42", "42"], ["42", "41"], ["", "41"], ["", "42"]]
+    correct = [[turn.correct for turn in c] for c in conversations]
+    assert correct == [[True, True], [True, False], [False, True], [False, False]]
+    assert [second.reward for _, second in conversations] == [0.75, 0.25, 0.75, 0.25]
+    assert conversations[0][0] is conversations[1][0]
+    for first, second in conversations:
+        assert second.prompt[: len(first.prompt)] == first.prompt
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_roll_out_is_of_the_policy_and_leaves_it_as_it_was(make_policy, fast):
+    """The model's own generation_config asks for top_k 5, top_p 0.5, a repetition penalty. A seed decides all."""
+    policy, config = make_policy({"model.fast_inference": fast})
+    perturb(policy)
+    before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    examples = examples_of(policy, config, ["1+1=?", "12+34=?", "7+8=?"])
+    for turn in (turn for c in train.roll_out(policy, examples, config, 0.0, "a") for turn in c):
+        with torch.no_grad():
+            logits = policy.model(input_ids=torch.tensor([turn.prompt + turn.completion])).logits[0]
+        assert turn.completion == logits[len(turn.prompt) - 1 : -1].argmax(-1).tolist()
+    found = []
+    for state, seed in ((5, "a"), (6, "a"), (5, "b")):
+        torch.manual_seed(state)
+        found.append(train.roll_out(policy, examples, config, 1.0, seed))
+    assert found[0] == found[1] != found[2]
+    sampled = torch.tensor([p for c in found[0] for turn in c for p in turn.log_probs])
+    torch.testing.assert_close(sampled, train.completion_log_probs(policy, found[0], 1.0), atol=1e-4, rtol=0)
+    assert policy.model.training and torch.is_grad_enabled()
+    assert set(policy.trainable) == {name for name in before if "lora_" in name}
+    assert all(torch.equal(p, before[name]) for name, p in policy.model.named_parameters())
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize(
+    "names",
+    [{"pad": None}, {"pad": IM_END}, {"pad": END_OF_TEXT}, {"eos": END_OF_TEXT}, {"eos": None, "pad": None}],
+    ids=str,
+)
+def test_roll_out_does_not_depend_on_which_token_pads_or_is_named_eos(make_policy, tmp_path, names, fast):
+    plain, config = make_policy()
+    policy, _ = make_policy({"model.name": str(build_model(tmp_path / "model", **names)), "model.fast_inference": fast})
+    assert set(policy.eos_token_ids) == set(plain.eos_token_ids) == set(encode(plain, IM_END + END_OF_TEXT))
+    examples, found = examples_of(policy, config, ["1+1=?", "12+34=?", "7+8=?", "100+200=?"]), []
+    for one in (plain, policy):
+        perturb(one)
+        conversations = train.roll_out(one, examples, config, 0.0, "a")
+        log_probs = train.completion_log_probs(one, conversations, 1.0).tolist()
+        found.append([(t.prompt, t.completion, t.text, t.truncated) for c in conversations for t in c])
+        found.append(pytest.approx(log_probs, abs=1e-5))
+    assert found[0] == found[2]
+    assert log_probs == found[1]
+
+
+def test_training_step_rolls_out_each_problem_as_configured_and_draws_all_anew(make_policy):
+    """Rollouts of a problem stand together and differ; in Stage I corrections share a first attempt. Attempts are drawn
+    at the training temperature within their budgets, each with noise of its own."""
+    keys = {"num_generations": 4, "stage1_corrections": 2, "generation_temperature": 0.9}
+    policy, config = make_policy({f"train.{name}": value for name, value in keys.items()})
+    problems, heard, firsts = examples_of(policy, config, ["1+1=?", "2+2=?"]), Listening(policy), {1: 2, 2: 4}
+    frozen = torch.optim.SGD(policy.trainable.values())
+    for stage, step in ((1, 1), (1, 2), (2, 1), (2, 2)):
+        _, conversations = train.training_step(policy, frozen, problems, stage, step, 0.0, config)
+        first, second = heard.calls[-2:]
+        assert first.prompts == [problem.prompt for problem in problems for _ in range(firsts[stage])]
+        assert (first.budget, first.temperature, second.budget, second.temperature) == (8, 0.9, 12, 0.9)
+        assert [c[0].prompt for c in conversations] == [problem.prompt for problem in problems for _ in range(4)]
+        for rows in (conversations[:4], conversations[4:]):
+            assert len({id(c[0]) for c in rows}) == len({tuple(c[0].completion) for c in rows}) == firsts[stage]
+            assert len({tuple(c[1].completion) for c in rows}) == 4
+    noise = [row for call in heard.calls for row in call.rows]
+    assert len(noise) == len(set(noise)) == 2 * (4 + 8 + 8 + 8)
+
+
+# --------------------------------------------------------------------------------------------------------- grading
+
+
+def test_grade_gives_functions_in_trls_form_what_trl_gives(make_policy, monkeypatch):
+    calls = []
+
+    def graded(prompts: list, completions: list, completion_ids: list, level: list, **rest: Any) -> list:
+        calls.append((prompts, completions, completion_ids, level, rest))
+        return [None if level == 0 else float(level) for level in level]
+
+    module = SimpleNamespace(graded=graded, __spec__=ModuleSpec("my_rewards", None))
+    monkeypatch.setitem(sys.modules, "my_rewards", module)
+    keys = {"reward.fn": ["my_rewards.graded", "exact_match"], "reward.weights": [0.5, 2.0], "prompts.system": "Add."}
+    keys |= {"prompts.examples": [{"input": "i", "output": "o"}], "train.max_prompt_length_attempt1": 96}
+    policy, config = make_policy(keys)
     examples = examples_of(policy, config, ["a", "b"])
-    examples[1].target = "7"
-    answer = "<think></think><answer>{}</answer>" + IM_END
-    say_instead(monkeypatch, policy, [answer.format(42), answer.format(42)], [answer.format(7), answer.format(7)])
-    first, second = train.roll_out(policy, examples, config, 1.0, "a")
-    assert (first.rewards, second.rewards) == ([1.0, 0.5], [0.5, 1.0])
-    assert (first.correct, second.correct) == ([True, False], [False, True])
+    examples[0].columns, examples[1].columns = {"level": 3, "hint": "x"}, {"level": 0, "hint": "y"}
+    Listening(policy, [WRONG, RIGHT], [RIGHT, NONE])
+    conversations = train.roll_out(policy, examples, config, 1.0, "a")
+    assert [[turn.reward for turn in c] for c in conversations] == [[1.5, 3.5], [2.0, 0.0]]
+    opening = [("system", "Add."), ("user", "i"), ("assistant", "o")]
+    later = [("assistant", "<answer>41</answer>"), ("user", SELF_CORRECTION)]
+    for number, (prompts, completions, ids, level, rest) in enumerate(calls):
+        said = [(message["role"], message["content"]) for message in prompts[0]]
+        assert said == [*opening, ("user", "a"), *(later if number else [])]
+        turns = [c[number] for c in conversations]
+        assert completions == [[{"role": "assistant", "content": turn.text}] for turn in turns]
+        assert (ids, level, rest) == ([turn.completion for turn in turns], [3, 0], {"hint": ["x", "y"]})
 
 
-@pytest.mark.parametrize("misdeed", ["raises", "counts", "nan"])
-def test_a_reward_that_misbehaves_is_named(
-    make_policy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, misdeed: str
-) -> None:
-    def bad(predictions: list[str], targets: list[str], extract: Any) -> list[float]:
-        return {"raises": lambda: 1 / 0, "counts": lambda: [1.0], "nan": lambda: [math.nan] * len(targets)}[misdeed]()
-
-    monkeypatch.setitem(train.REWARD_FNS, "my_reward", bad)
+@pytest.mark.parametrize("misdeed", [lambda n: 1 / 0, lambda n: [1.0], lambda n: [math.nan] * n])
+def test_grade_names_a_reward_that_misbehaves(make_policy, monkeypatch, misdeed):
+    monkeypatch.setitem(train.rewards.REWARD_FNS, "my_reward", lambda texts, *_: misdeed(len(texts)))
     policy, config = make_policy({"reward.fn": "my_reward"})
     with pytest.raises(train.RewardError, match="my_reward"):
         train.roll_out(policy, examples_of(policy, config, ["a", "b"]), config, 1.0, "a")
 
 
-# --------------------------------------------------------------------------------------------- no prompt is ever cut
-
-
-def test_prompts_over_the_budget_are_left_out_with_a_count(
-    make_policy: Callable[..., Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    policy, config = make_policy()
-    around = len(encode(policy, "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"))
-    fits = config.train.max_prompt_length_attempt1 - around
-    questions = ["1" * fits, "1" * (fits + 1), "2", "3" * 200]
-    examples = examples_of(policy, config, questions)
-    assert [example.question for example in examples] == ["1" * fits, "2"]
-    for example in examples:
-        assert example.question in policy.tokenizer.decode(example.prompt)
-        assert len(example.prompt) <= config.train.max_prompt_length_attempt1
-    printed = capsys.readouterr().out
-    assert "2 of 4" in printed
-    assert "max_prompt_length_attempt1" in printed
-    with pytest.raises(train.UserError, match="max_prompt_length_attempt1"):
-        examples_of(policy, config, ["3" * 200])
-
-
-def test_the_longest_attempt_two_fits_the_budget_or_the_config_is_refused(make_policy: Callable[..., Any]) -> None:
-    bridge = len(make_policy()[0].bridge)
-    need = 48 + 8 + bridge
-    policy, config = make_policy({"train.max_prompt_length_attempt2": need})
-    fits = config.train.max_prompt_length_attempt1 - 28
-    longest = examples_of(policy, config, ["1" * n for n in range(fits - 3, fits + 4) if n <= 21])
-    _, second = train.roll_out(policy, longest, config, 1.0, "a")
-    assert max(map(len, second.prompts)) <= need
-    with pytest.raises(train.UserError, match=f"max_prompt_length_attempt2.*{need}"):
-        make_policy({"train.max_prompt_length_attempt2": need - 1})
-
-
-# ------------------------------------------------------------------------------------------------------------ batches
-
-
-@given(count=st.integers(1, 60), size=st.integers(1, 20), epochs=st.floats(0, 4), seed=st.text(max_size=3))
-@settings(deadline=None)
-def test_each_epoch_is_a_new_order_of_all_rows(count: int, size: int, epochs: float, seed: str) -> None:
-    if count < size:
-        return
-    batches = train.shuffled_batches(count, size, epochs, seed)
-    assert batches == train.shuffled_batches(count, size, epochs, seed)
-    per_epoch = count // size
-    assert abs(len(batches) - epochs * per_epoch) <= 0.5
-    assert all(len(batch) == size for batch in batches)
-    for epoch in range(0, len(batches), per_epoch):
-        rows = [row for batch in batches[epoch : epoch + per_epoch] for row in batch]
-        assert len(set(rows)) == len(rows)
-        assert set(rows) <= set(range(count))
-    if count % size == 0 and len(batches) >= per_epoch:
-        assert sorted(row for batch in batches[:per_epoch] for row in batch) == list(range(count))
-
-
-def test_the_order_changes_with_epoch_and_seed() -> None:
-    batches = train.shuffled_batches(40, 8, 2, "1/stage1")
-    assert batches[:5] != batches[5:]
-    assert batches != train.shuffled_batches(40, 8, 2, "2/stage1")
-    assert batches[:5] != [list(range(i, i + 8)) for i in range(0, 40, 8)]
-    assert train.shuffled_batches(40, 8, 1.4, "1/stage1") == batches[:7]
-    assert train.shuffled_batches(40, 8, 0, "1/stage1") == []
-
-
 # --------------------------------------------------------------------------------------------------------- evaluation
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "ratio"),
-    [
-        ([1, 2, 3], [1, 2, 3], 0.0),
-        ([1, 2, 3], [4, 5, 6], 1.0),
-        ([1, 2, 3, 4], [1, 3, 4], 0.25),
-        ([1], [2, 1], 0.5),
-        ([1, 2], [2, 1], 1.0),
-        (list(range(10)), [0, 1, 99, 3, 4, 5, 6, 7, 8, 9, 10], 2 / 11),
-    ],
-)
-def test_edit_distance_ratio(a: list[int], b: list[int], ratio: float) -> None:
-    assert train.edit_distance_ratio(a, b) == pytest.approx(ratio)
-    assert train.edit_distance_ratio(b, a) == pytest.approx(ratio)
+def test_edit_distance_ratio_equals_the_textbook_recursion():
+    rng = random.Random(0)
+    for _ in range(100):
+        a, b = (rng.choices(range(4), k=rng.randrange(1, 8)) for _ in range(2))
+        table = {(i, 0): i for i in range(8)} | {(0, j): j for j in range(8)}
+        for i in range(1, len(a) + 1):
+            for j in range(1, len(b) + 1):
+                changed = table[i - 1, j - 1] + (a[i - 1] != b[j - 1])
+                table[i, j] = min(table[i - 1, j] + 1, table[i, j - 1] + 1, changed)
+        assert profile_run.edit_distance_ratio(a, b) == pytest.approx(table[len(a), len(b)] / max(len(a), len(b)))
 
 
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=7), st.lists(st.integers(0, 3), min_size=1, max_size=7))
-@settings(deadline=None)
-def test_edit_distance_equals_the_textbook_recursion(a: list[int], b: list[int]) -> None:
-    def distance(i: int, j: int) -> int:
-        if i == 0 or j == 0:
-            return i + j
-        return min(table[i - 1, j] + 1, table[i, j - 1] + 1, table[i - 1, j - 1] + (a[i - 1] != b[j - 1]))
+def test_intervals_are_of_rows_whose_attempts_stay_together():
+    rng = np.random.default_rng(5)
+    first = rng.random(4000) < 0.4
+    correct = np.stack([first, np.where(rng.random(4000) < 0.7, first, rng.random(4000) < 0.9)], 1).astype(float)
+    found = profile_run.intervals(correct)
+    assert found == profile_run.intervals(correct.copy()), "the same on every call"
+    columns = {"acc_attempt1": correct[:, 0], "acc_attempt2": correct[:, 1], "delta": correct[:, 1] - correct[:, 0]}
+    for name, values in columns.items():
+        error = values.std() / math.sqrt(len(values))
+        exact = [values.mean() - 1.96 * error, values.mean() + 1.96 * error]
+        assert found.pop(f"{name}_interval") == pytest.approx(exact, abs=0.3 * error), name
+    assert not found
+    assert profile_run.intervals(np.repeat([[1, 1], [0, 0]], 25, 0).astype(float))["delta_interval"] == [0, 0]
 
-    table: dict[tuple[int, int], int] = {}
-    for i in range(len(a) + 1):
-        for j in range(len(b) + 1):
-            table[i, j] = distance(i, j)
-    assert train.edit_distance_ratio(a, b) == pytest.approx(table[len(a), len(b)] / max(len(a), len(b)))
 
-
-def test_evaluation_counts_as_the_paper_does(make_policy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_counts_as_the_paper_does(make_policy):
     policy, config = make_policy({"eval.batch_size": 8})
-    right, wrong, none = ("<answer>42</answer>" + IM_END, "<answer>41</answer>" + IM_END, "no" + IM_END)
-    examples = examples_of(policy, config, list("abcde"))
-    say_instead(monkeypatch, policy, [right, right, wrong, none, right], [right, wrong, right, right, right])
-    event, samples = train.evaluate(policy, examples, config, "pretrain")
-    exact = {
-        "event": "eval",
-        "checkpoint": "pretrain",
-        "n": 5,
-        "acc_attempt1": 0.6,
-        "acc_attempt2": 0.8,
-        "delta": 0.2,
-        "delta_i_to_c": 0.4,
-        "delta_c_to_i": 0.2,
-        "reward_attempt1": (3 * 0.75 + 0.25) / 5,
-        "reward_attempt2": 0.65,
-        "truncated_attempt1": 0.0,
-    }
+    Listening(policy, [RIGHT, RIGHT, WRONG, NONE, RIGHT], [RIGHT, WRONG, RIGHT, RIGHT, RIGHT])
+    event, samples = train.evaluate(policy, examples_of(policy, config, list("abcde")), config, "pretrain")
+    exact = {"n": 5, "acc_attempt1": 0.6, "acc_attempt2": 0.8, "delta": 0.2, "delta_i_to_c": 0.4, "delta_c_to_i": 0.2}
+    exact |= {"reward_attempt1": (3 * 0.75 + 0.25) / 5, "reward_attempt2": 0.65, "truncated_attempt1": 0.0}
+    exact |= {"unanswered_attempt1": 0.2, "completion_tokens_attempt1": (4 * 5 + 4) / 5}
     assert {key: event[key] for key in exact} == pytest.approx(exact)
-    assert event["delta"] == pytest.approx(event["delta_i_to_c"] - event["delta_c_to_i"])
     assert 0 < event["edit_distance_ratio"] < 1
-    assert len(samples) == 5
-    assert (samples[1]["question"], samples[1]["correct_attempt1"], samples[1]["correct_attempt2"]) == (
-        "b",
-        True,
-        False,
-    )
+    assert event["delta_interval"][0] <= event["delta"] <= event["delta_interval"][1]
+    rows = [(row["question"], row["correct_attempt1"], row["correct_attempt2"]) for row in samples]
+    assert rows == [("a", True, True), ("b", True, False), ("c", False, True), ("d", False, True), ("e", True, True)]
 
 
-def test_batches_of_the_evaluation_do_not_change_its_numbers(make_policy: Callable[..., Any]) -> None:
-    events = []
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_evaluate_draws_each_batch_anew_at_its_own_temperature(make_policy, temperature):
+    """Greedy numbers do not depend on the batches."""
+    found = []
     for size in (2, 7):
-        policy, config = make_policy({"eval.batch_size": size})
-        event, _ = train.evaluate(
-            policy, examples_of(policy, config, [f"{i}+1=?" for i in range(7)]), config, "pretrain"
-        )
-        events.append({key: value for key, value in event.items() if key != "seconds"})
-    for key, value in events[0].items():
-        assert events[1][key] == (value if isinstance(value, str) else pytest.approx(value)), key
+        policy, config = make_policy({"eval.batch_size": size, "eval.generation_temperature": temperature})
+        heard = Listening(policy)
+        examples = examples_of(policy, config, [f"{i}+1=?" for i in range(7)])
+        found.append(train.evaluate(policy, examples, config, "pretrain")[1])
+        noise = [row for call in heard.calls for row in call.rows]
+        assert len(noise) == len(set(noise)) == 2 * 7
+        assert {call.temperature for call in heard.calls} == {temperature}
+    assert temperature or found[0] == found[1]

@@ -1,918 +1,851 @@
-"""Whole runs: from the command line as a user starts them, and within this process where starting is not the point."""
+"""The run folder: one folder, one run, however runs start, stop, die, go on and get into one another's way.
+
+Runs are forked from this process, which has imported everything once: a child lives for about a second.
+"""
 
 from __future__ import annotations
 
+import builtins
+import errno
+import fcntl
+import io
 import json
 import math
 import os
+import random
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
-from collections.abc import Callable, Iterator
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import peft
+import peft.peft_model
 import pytest
-import torch
+import safetensors
+import transformers
 import yaml
-from conftest import ROOT, SELF_CORRECTION, build_model, teach_format
-from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from conftest import PLAIN_TEMPLATE, ROOT, assert_same_ending, ending, fork_run, no_curves, output
 
+import profile_run
 import train
 
-SPLIT_KEYS = {
-    *(f"{name}_attempt{number}" for name in ("flexible_acc", "unanswered") for number in (1, 2)),
-    *(f"{a}_to_{b}" for a, b in (("unanswered", "correct"), ("wrong", "correct"))),
-    *(f"{b}_to_{a}" for a, b in (("unanswered", "correct"), ("wrong", "correct"))),
-    *(f"wrong_{what}" for what in ("answered", "mended", "repeated")),
-}
-TRAIN_KEYS = {
-    "event",
-    "stage",
-    "step",
-    "reward_attempt1",
-    "reward_attempt2",
-    "reward_gap",
-    "loss",
-    "kl_attempt1",
-    "kl_attempt2",
-    "grad_norm",
-    "learning_rate",
-    "acc_attempt1",
-    "acc_attempt2",
-    "completion_tokens_attempt1",
-    "completion_tokens_attempt2",
-    "truncated_attempt1",
-    "truncated_attempt2",
-    *SPLIT_KEYS,
-    "seconds_rollout",
-    "seconds_update",
-    "tokens_per_second",
-    "peak_memory_gb",
-}
-EVAL_KEYS = {
-    "event",
-    "checkpoint",
-    "n",
-    "acc_attempt1",
-    "acc_attempt2",
-    "delta",
-    "delta_i_to_c",
-    "delta_c_to_i",
-    *SPLIT_KEYS,
-    "reward_attempt1",
-    "reward_attempt2",
-    "edit_distance_ratio",
-}
-TIMINGS = {"seconds_rollout", "seconds_update", "tokens_per_second", "peak_memory_gb", "seconds", "adapter"}
-STEPS = 6  # a stage: 24 rows, 8 a step, 2 epochs
-BROKEN_NETWORK = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+STEPS = 3  # a stage, with a checkpoint after the second and one at the end
+SHORT = [f"train.stage1_steps={STEPS}", f"train.stage2_steps={STEPS}", "eval.validation=2", "eval.max_examples=3"]
+ONE_STEP = ["train.stage1_steps=1", "train.stage2_steps=0", "eval.validation=0"]
+EVALUATIONS = [
+    "pretrain", "stage1/step_0", "stage1/step_2", "stage1/step_3", "stage1", "stage2/step_2", "stage2/step_3", "stage2",
+]  # fmt: skip
+
+
+def quickly() -> None:
+    """Leaves out, in a child, what takes time and is not looked at here."""
+    no_curves()
+    profile_run.git_commit = lambda: None
+    peft.PeftModel.create_or_update_model_card = lambda *args: None  # train.py writes its own over it
 
 
 @pytest.fixture(scope="module")
-def model_dir(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model whose attempts earn rewards that differ."""
-    return teach_format(build_model(tmp_path_factory.mktemp("taught")), data_dir, steps=30)
+def short_run(tiny_run: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """short_run(out, *more) -> arguments of a run of two stages of three steps; `more`: keys to --set, then flags."""
+    return lambda out, *more: tiny_run(out, *SHORT, *more)
 
 
 @pytest.fixture(scope="module")
-def config_file(model_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model's run: two stages of six steps, a checkpoint every two."""
-    config = {
-        "run_name": "run",
-        "wandb_project": "score-tests",
-        "model": {"name": str(model_dir), "max_seq_length": 160, "lora": {"r": 4, "alpha": 8, "dropout": 0.1}},
-        "dataset": {"name": str(data_dir), "input_field": "question", "target_field": "answer"},
-        "prompts": {"self_correction": "?"},
-        "train": {
-            "stage1_batch_size": 8,
-            "stage2_batch_size": 8,
-            "stage1_epochs": 2,
-            "stage2_epochs": 2,
-            "micro_batch_size": 4,
-            "learning_rate": 0.02,
-            "max_new_tokens_attempt1": 8,
-            "max_new_tokens_attempt2": 12,
-            "max_prompt_length_attempt1": 48,
-            "max_prompt_length_attempt2": 100,
-            "seed": 1,
-            "checkpoint_every": 2,
-            "warmup_steps": 3,
-            "lr_decay": 0.5,
-        },
-    }
-    file = tmp_path_factory.mktemp("config") / "run.yaml"
-    file.write_text(yaml.safe_dump(config))
-    return file
-
-
-def arguments(config_file: Path, out: Path, *more: str) -> list[str]:
-    return [
-        "--config",
-        str(config_file),
-        "--set",
-        f"prompts.self_correction={SELF_CORRECTION}",
-        "--set",
-        f"output.dir={out}",
-        *more,
-    ]
-
-
-def command_line(argv: list[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """`python train.py ...` to its end, as from a shell, without a W&B login."""
-    return subprocess.run(
-        [sys.executable, "train.py", *argv],
-        cwd=ROOT,
-        env=no_login(environment),
-        text=True,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        check=False,
-        timeout=600,
-    )
-
-
-def no_login(more: dict[str, str] | None = None) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    return kept | {"NETRC": os.devnull, "WANDB_SILENT": "true"} | (more or {})
-
-
-def start_and_signal(
-    argv: list[str], folder: Path, stage: int, step: int, number: int, environment: dict[str, str] | None = None
-) -> SimpleNamespace:
-    """Starts a run and sends it a signal once (stage, step) is in its metrics."""
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *argv],
-        cwd=ROOT,
-        env=no_login(environment),
-        text=True,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    deadline = time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < deadline:
-        if any((e.get("stage"), e.get("step")) == (stage, step) for e in events(folder)):
-            process.send_signal(number)
-            break
-        time.sleep(0.02)
-    stdout, stderr = process.communicate(timeout=300)
-    return SimpleNamespace(returncode=process.returncode, stdout=stdout, stderr=stderr)
-
-
-def events(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl, read strictly: NaN is no JSON."""
-    file = folder / "metrics.jsonl"
-    lines = file.read_text().split("\n")[:-1] if file.exists() else []
-
-    def refuse(word: str) -> None:
-        raise ValueError(f"{word} is not JSON")
-
-    return [json.loads(line, parse_constant=refuse) for line in lines]
-
-
-def without_timings(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
-
-
-def adapter_bytes(folder: Path) -> bytes:
-    return (folder / "adapter_model.safetensors").read_bytes()
-
-
-def assert_same_run(folder: Path, other: Path) -> None:
-    assert without_timings(events(folder)) == without_timings(events(other))
-    assert (folder / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
-    for stage in ("stage1", "stage2"):
-        assert adapter_bytes(folder / stage) == adapter_bytes(other / stage), stage
-
-
-@pytest.fixture(scope="module")
-def full_run(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """One whole run from the command line. Tests that write work on a copy."""
-    out = tmp_path_factory.mktemp("full")
-    done = command_line(arguments(config_file, out))
-    assert done.returncode == 0, done.stderr
-    return SimpleNamespace(folder=out / "run", stdout=done.stdout, stderr=done.stderr, out=out)
+def whole(short_run: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The run that is never interrupted, the moments at which others die (the place of each), its seconds."""
+    out = tmp_path_factory.mktemp("whole")
+    start = time.monotonic()
+    assert run(short_run(out), out, partial(die_at, None, out / "run", out / "moments")).code == 0, output(out / "log")
+    moments, seconds = (out / "moments").read_text().splitlines(), time.monotonic() - start
+    return SimpleNamespace(folder=out / "run", ending=ending(out / "run"), moments=moments, seconds=seconds)
 
 
 @pytest.fixture
-def run_here(
-    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., tuple[int, str]]]:
-    """run_here(*flags) -> (exit code, all that was printed) of a run in this process, its folder under tmp_path."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def run(*flags: str, out: Path = tmp_path) -> tuple[int, str]:
-        argv = arguments(config_file, out, "--set", "wandb_project=null", *flags)
-        monkeypatch.setattr(sys, "argv", ["train.py", *argv])
-        try:
-            code = train.main(*train.parse_command_line(argv))
-        except train.UserError as error:
-            return 2, str(error)
-        printed = capsys.readouterr()
-        return code, printed.out + printed.err
-
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+def finished(whole: SimpleNamespace, tmp_path: Path) -> Path:
+    """A copy of the whole run, to spoil: tmp_path/run."""
+    return Path(shutil.copytree(whole.folder, tmp_path / "run"))
 
 
-# --------------------------------------------------------------------------------------------------- a whole run
+def run(argv: list[str], out: Path, before: Callable[[], Any] = quickly) -> SimpleNamespace:
+    """A run in a forked child: exit code, and what it printed to stdout and stderr."""
+    code = fork_run(argv, out / "log", before)
+    return SimpleNamespace(code=code, out=output(out / "log", "out"), err=output(out / "log"))
 
 
-def test_metrics_of_a_full_run(full_run: SimpleNamespace) -> None:
-    lines = events(full_run.folder)
-    steps = [line for line in lines if line["event"] == "train"]
-    assert [(line["stage"], line["step"]) for line in steps] == [
-        (stage, step + 1) for stage in (1, 2) for step in range(STEPS)
-    ]
-    order = [line["checkpoint"] if line["event"] == "eval" else line["stage"] for line in lines]
-    assert order == ["pretrain", *[1] * STEPS, "stage1", *[2] * STEPS, "stage2"]
-    for line in steps:
-        assert set(line) >= TRAIN_KEYS
-        assert line["reward_gap"] == pytest.approx(line["reward_attempt2"] - line["reward_attempt1"])
-        assert 0 <= line["acc_attempt1"] <= 1
-        assert 1 <= line["completion_tokens_attempt1"] <= 8
-        assert 1 <= line["completion_tokens_attempt2"] <= 12
-        assert all(math.isfinite(line[key]) for key in ("loss", "grad_norm", "kl_attempt1", "kl_attempt2"))
-    assert steps[0]["kl_attempt1"] == steps[0]["kl_attempt2"] == 0, (
-        "the first batch is sampled from the reference itself"
-    )
-    assert steps[-1]["kl_attempt1"] > 0
-    assert {line["reward_attempt2"] for line in steps} != {0.0}, "a run without rewards shows nothing"
-    for line in lines:
-        assert line["delta_i_to_c"] == pytest.approx(line["unanswered_to_correct"] + line["wrong_to_correct"])
-        assert line["delta_c_to_i"] == pytest.approx(line["correct_to_unanswered"] + line["correct_to_wrong"])
-        for n in (1, 2):
-            assert line[f"flexible_acc_attempt{n}"] >= line[f"acc_attempt{n}"]
-        assert line["acc_attempt1"] + line["wrong_answered"] + line["unanswered_attempt1"] == pytest.approx(1)
-        if line["event"] == "eval":
-            assert set(line) >= EVAL_KEYS
-            assert line["n"] == 6
-            assert line["delta"] == pytest.approx(line["acc_attempt2"] - line["acc_attempt1"])
-            assert line["delta"] == pytest.approx(line["delta_i_to_c"] - line["delta_c_to_i"])
+def assert_refused(done: SimpleNamespace, *words: str) -> None:
+    assert (done.code, len(done.err.splitlines())) == (2, 1), done.err
+    assert [word for word in words if word not in done.err] == [], done.err
 
 
-def test_results_of_a_full_run(full_run: SimpleNamespace, config_file: Path) -> None:
-    folder = full_run.folder
-    results = json.loads((folder / "results.json").read_text())
-    assert set(results) >= {"run_name", "evals", "versions", "device", "seconds_total", "git_commit"}
-    assert results["run_name"] == "run"
-    assert results["evals"] == [line for line in events(folder) if line["event"] == "eval"]
-    assert results["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__.startswith(
-        results["versions"]["torch"]
-    )
-    table = (folder / "results.md").read_text().strip()
-    assert table in full_run.stdout, "the table is printed at the end"
-    main, title, split = table.split("\n\n")
-    assert title.startswith("Corrections")
-    for part in (main, split):
-        assert [row.split("|")[1].strip() for row in part.splitlines()[2:]] == ["pretrain", "stage1", "stage2"]
-    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    expected = train.read_config(
-        str(config_file), [f"prompts.self_correction={SELF_CORRECTION}", f"output.dir={full_run.out}"]
-    )
-    assert train.read_config(str(folder / "config.yaml")) == expected
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_samples_of_a_full_run(full_run: SimpleNamespace) -> None:
-    samples = [json.loads(line) for line in (full_run.folder / "samples.jsonl").read_text().splitlines()]
-    evaluated = [s for s in samples if s["event"] == "eval"]
-    assert [s["checkpoint"] for s in evaluated] == ["pretrain"] * 6 + ["stage1"] * 6 + ["stage2"] * 6
-    steps = {(s["stage"], s["step"]) for s in samples if s["event"] == "train"}
-    assert len(steps) == 2 * STEPS
-    for sample in samples:
-        assert {"question", "target", "text_attempt1", "text_attempt2", "reward_attempt1", "reward_attempt2"} <= set(
-            sample
-        )
-        assert {"answer_attempt1", "answer_attempt2"} <= set(sample)
+def flags(**given: Any) -> Namespace:
+    usual = {"resume": False, "eval_only": False, "smoke": None, "overwrite": False, "config": "run.yaml", "set": []}
+    return Namespace(**usual | {"start_stage": 1, "resume_adapter": None} | given)
 
 
-def test_test_rows_are_never_trained_on(full_run: SimpleNamespace, data_dir: Path) -> None:
-    questions = {
-        name: {json.loads(line)["question"] for line in (data_dir / f"{name}.jsonl").read_text().splitlines()}
-        for name in ("train", "test")
-    }
-    samples = [json.loads(line) for line in (full_run.folder / "samples.jsonl").read_text().splitlines()]
-    assert {s["question"] for s in samples if s["event"] == "train"} <= questions["train"]
-    assert {s["question"] for s in samples if s["event"] == "eval"} == questions["test"]
+def weights(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
 
 
-def test_adapters_of_a_full_run_load_with_plain_peft(full_run: SimpleNamespace, model_dir: Path) -> None:
-    ids, logits = torch.tensor([[20, 30, 40, 50]]), {}
-    for place in ("stage1/step_2", "stage1/step_4", "stage1", "stage2/step_2", "stage2/step_4", "stage2"):
-        base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-        model = PeftModel.from_pretrained(base, full_run.folder / place)
-        assert model.peft_config["default"].base_model_name_or_path == str(model_dir)
-        with torch.no_grad():
-            logits[place] = model(input_ids=ids).logits
-        assert AutoTokenizer.from_pretrained(full_run.folder / place).decode([20, 30]) != ""
-    places = list(logits)
-    assert all(not torch.equal(logits[a], logits[b]) for a in places for b in places if a < b), "each step moved it"
+def lines_of(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def test_checkpoints_hold_no_pickles_and_no_base_weights(full_run: SimpleNamespace) -> None:
-    files = [file for file in full_run.folder.rglob("*") if file.is_file() and "wandb" not in file.parts]
-    assert {file.suffix for file in files} <= {
-        ".safetensors",
-        ".json",
-        ".jsonl",
-        ".jinja",
-        ".txt",
-        ".md",
-        ".yaml",
-        ".png",
-    }
-    assert (full_run.folder / "stage1" / "step_2" / "optimizer.safetensors").exists()
-    assert all("lora_" in name for name in load_file(full_run.folder / "stage1" / "adapter_model.safetensors"))
-    assert not [file for file in files if file.name.startswith(".") or "tmp" in file.name], (
-        "nothing half-written is left"
-    )
+def steps_of(folder: Path) -> list[tuple[int, int]]:
+    return [(line["stage"], line["step"]) for line in lines_of(folder) if line["event"] == "train"]
 
 
-def test_wandb_without_a_login_goes_offline(full_run: SimpleNamespace) -> None:
-    assert list(full_run.folder.glob("wandb/offline-run-*")), full_run.stdout
+def evaluations_of(folder: Path) -> list[str]:
+    return [line["checkpoint"] for line in lines_of(folder) if line["event"] == "eval"]
 
 
-def test_the_shipped_default_smokes_from_the_command_line(tmp_path: Path) -> None:
-    done = command_line(["--config", "configs/tiny.yaml", "--smoke", "8", "--set", f"output.dir={tmp_path}"])
-    assert done.returncode == 0, done.stderr
-    (folder,) = tmp_path.iterdir()
-    assert folder.name.endswith("-smoke")
-    lines = events(folder)
-    assert [line["checkpoint"] for line in lines if line["event"] == "eval"] == ["pretrain", "stage1", "stage2"]
-    assert {line["n"] for line in lines if line["event"] == "eval"} == {8}
-    assert {line["stage"] for line in lines if line["event"] == "train"} == {1, 2}
-    assert (folder / "stage1" / "step_1" / "adapter_model.safetensors").exists()
+def newest(folder: Path) -> Path:
+    return train.checkpoints(folder)[-1]
 
 
-def test_the_shipped_default_runs_both_stages(tmp_path: Path) -> None:
-    short = ["train.stage1_epochs=0.06", "train.stage2_epochs=0.03", "eval.max_examples=32", f"output.dir={tmp_path}"]
-    done = command_line(["--config", "configs/tiny.yaml", *[word for key in short for word in ("--set", key)]])
-    assert done.returncode == 0, done.stderr
-    (folder,) = tmp_path.iterdir()
-    stages = [line["stage"] for line in events(folder) if line["event"] == "train"]
-    assert {1, 2} == set(stages)
-    assert all((folder / stage / "adapter_model.safetensors").exists() for stage in ("stage1", "stage2"))
+def wrap(module: Any, name: str, outer: Callable[..., Any]) -> None:
+    """module.name(...) becomes outer(what it was, ...)."""
+    inner = getattr(module, name)
+    setattr(module, name, lambda *args, **kwargs: outer(inner, *args, **kwargs))
 
 
-def test_generations_of_one_prompt_stand_together_and_differ(
-    run_here: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The leave-one-out baseline takes consecutive rows as one prompt's."""
-    seen, inner = [], train.improve
+def at(moment: str | tuple[int, int], do: Callable[[], Any]) -> Callable[[], None]:
+    """A child that does something at an evaluation, given by its label, or at the start of a (stage, step)."""
 
-    def spy(policy: Any, optimizer: Any, attempts: list[Any], *rest: Any) -> dict[str, Any]:
-        seen.append(attempts)
-        return inner(policy, optimizer, attempts, *rest)
+    def met(inner: Callable, *args: Any) -> Any:
+        do() if moment in (args[-1], args[3:5]) else None
+        return inner(*args)
 
-    monkeypatch.setattr(train, "improve", spy)
-    code, printed = run_here("--set", "train.num_generations=3", "--set", "train.stage2_epochs=0")
-    assert code == 0, printed
-    assert len(seen) == STEPS
-    for first, second in seen:
-        assert len(first.prompts) == len(second.prompts) == 8 * 3
-        groups = [first.prompts[row : row + 3] for row in range(0, 24, 3)]
-        assert all(group[0] == group[1] == group[2] for group in groups)
-        assert len({tuple(group[0]) for group in groups}) == 8
-        assert any(first.completions[row] != first.completions[row + 1] for row in range(0, 24, 3))
+    return lambda: (quickly(), wrap(train, "evaluate", met), wrap(train, "training_step", met))
 
 
-# ------------------------------------------------------------------------------------------------ smoke and eval-only
+def send(*numbers: int) -> Callable[[], None]:
+    """The process sends itself these signals, one after the other."""
+    return lambda: [os.kill(os.getpid(), number) for number in numbers]
 
 
-def test_smoke_replaces_the_last_smoke_and_leaves_the_run_alone(
-    run_here: Callable[..., Any], full_run: SimpleNamespace, tmp_path: Path
-) -> None:
-    shutil.copytree(full_run.folder, tmp_path / "run")
-    before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    for _ in range(2):
-        code, printed = run_here("--smoke", "8")
-        assert code == 0, printed
-        lines = events(tmp_path / "run-smoke")
-        assert [line["stage"] for line in lines if line["event"] == "train"] == [1, 1, 2, 2]
-        assert [line["n"] for line in lines if line["event"] == "eval"] == [6, 6, 6]
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
-    code, printed = run_here(
-        "--smoke", "4", "--start-stage", "2", "--resume-adapter", str(tmp_path / "run-smoke" / "stage1")
-    )
-    assert code == 0, printed
-    assert [line["stage"] for line in events(tmp_path / "run-smoke") if line["event"] == "train"][-1] == 2
+def finish(argv: list[str], out: Path) -> str:
+    """A run to its end: what it printed."""
+    done = run(argv, out)
+    assert (done.code, done.err) == (0, "")
+    return done.out
 
 
-@pytest.mark.parametrize("place", [None, "stage1", "stage2/step_2"])
-def test_eval_only_gives_the_runs_numbers_and_trains_nothing(
-    run_here: Callable[..., Any], full_run: SimpleNamespace, tmp_path: Path, place: str | None
-) -> None:
-    adapter = ["--resume-adapter", str(full_run.folder / place)] if place else []
-    code, printed = run_here("--eval-only", *adapter)
-    assert code == 0, printed
-    (line,) = events(tmp_path / "run")
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["evals"] == [line]
-    assert line["adapter"] == (str(full_run.folder / place) if place else None)
-    known = {e["checkpoint"]: e for e in events(full_run.folder) if e["event"] == "eval"}.get(place or "pretrain")
-    if known:
-        assert {key: line[key] for key in EVAL_KEYS - {"checkpoint"}} == {
-            key: known[key] for key in EVAL_KEYS - {"checkpoint"}
-        }
-    assert not list((tmp_path / "run").glob("stage*"))
+def kill(argv: list[str], out: Path, moment: str | tuple[int, int]) -> None:
+    assert run(argv, out, at(moment, send(signal.SIGKILL))).code == -signal.SIGKILL
 
 
-def test_eval_only_needs_no_train_batch(run_here: Callable[..., Any]) -> None:
-    code, printed = run_here("--eval-only", "--set", "train.stage1_batch_size=1000")
-    assert code == 0, printed
+def stop(argv: list[str], out: Path, moment: str | tuple[int, int], number: int = signal.SIGTERM) -> list[str]:
+    """The arguments of the command with which a run that is sent a signal says to go on."""
+    done = run(argv, out, at(moment, send(number)))
+    assert done.code == 130, done.err
+    (line,) = done.err.splitlines()
+    python, script, *argv = shlex.split(line.partition("Go on with: ")[2])
+    assert (python, script) == ("python", "train.py")
+    return argv
 
 
-def test_eval_only_beside_a_run_changes_none_of_its_lines(
-    run_here: Callable[..., Any], full_run: SimpleNamespace, tmp_path: Path
-) -> None:
-    shutil.copytree(full_run.folder, tmp_path / "run")
-    code, printed = run_here("--eval-only", "--resume-adapter", str(tmp_path / "run" / "stage2"))
-    assert code == 0, printed
-    assert events(tmp_path / "run")[:-1] == events(full_run.folder)
-    assert adapter_bytes(tmp_path / "run" / "stage2") == adapter_bytes(full_run.folder / "stage2")
-    folders = full_run.folder, tmp_path / "run"
-    before, after = (json.loads((folder / "results.json").read_text()) for folder in folders)
-    assert {key for key in before if before[key] != after[key]} == {"evals"}, "time and command are the run's"
+def test_folder_of_a_whole_run(whole):
+    """Every step keeps its adapter, the newest checkpoint alone its optimizer; nothing runs code when it is read."""
+    names = set(contents(whole.folder))
+    assert {"config.yaml", "metrics.jsonl", "samples.jsonl", "results.json", "results.md"} <= names
+    for place in ("stage1/step_2", "stage1", "stage2/step_2", "stage2"):
+        files = {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md", "state.json"}
+        assert {f"{place}/{file}" for file in files} <= names
+    assert not [name for name in names if "optimizer" in name], "a stage's end needs none"
+    assert {Path(name).suffix for name in names} <= {".safetensors", ".json", ".jsonl", ".jinja", ".md", ".yaml"}
+    assert steps_of(whole.folder) == [(stage, step + 1) for stage in (1, 2) for step in range(STEPS)]
+    assert evaluations_of(whole.folder) == EVALUATIONS
 
 
-# --------------------------------------------------------------------------------------------------- stage 2 alone
+def test_real_command_survives_a_closed_pipe_and_tells_no_secret(tiny_run, tmp_path):
+    """`python train.py ... 2>&1 | head -1`, with keys in its environment."""
+    secrets = {"WANDB_API_KEY": "5ec12e7" * 6, "HF_TOKEN": "hf_5ecretsecret"}
+    command = shlex.join([sys.executable, "train.py", *tiny_run(tmp_path, *ONE_STEP)])
+    shell = ["bash", "-c", f"{command} 2>&1 | head -1; exit ${{PIPESTATUS[0]}}"]
+    done = subprocess.run(shell, cwd=ROOT, env=os.environ | secrets, text=True, capture_output=True, check=False)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 1), done.stdout + done.stderr
+    assert evaluations_of(tmp_path / "run") == ["pretrain", "stage1"]
+    files = contents(tmp_path / "run")
+    assert "curves.png" in files
+    assert not [name for name, text in files.items() if any(value.encode() in text for value in secrets.values())]
 
 
-def test_stage_two_from_stage_ones_adapter_equals_the_full_runs_stage_two(
-    run_here: Callable[..., Any], full_run: SimpleNamespace, tmp_path: Path
-) -> None:
-    code, printed = run_here("--start-stage", "2", "--resume-adapter", str(full_run.folder / "stage1"))
-    assert code == 0, printed
-    assert adapter_bytes(tmp_path / "run" / "stage2") == adapter_bytes(full_run.folder / "stage2")
-    mine, theirs = (
-        [line for line in without_timings(events(f)) if line.get("stage") == 2 or line["event"] == "eval"]
-        for f in (tmp_path / "run", full_run.folder)
-    )
-    assert mine == theirs
+# ------------------------------------------------------------------------------------------------------------ kills
 
 
-def test_stage_two_from_a_mid_stage_checkpoint_into_the_same_folder(
-    run_here: Callable[..., Any], full_run: SimpleNamespace, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    code, printed = run_here("--set", "train.stage2_epochs=0")
-    assert code == 0, printed
-    assert not (folder / "stage2").exists()
-    assert adapter_bytes(folder / "stage1") == adapter_bytes(full_run.folder / "stage1")
-    before = events(folder)
-    again = ["--start-stage", "2", "--resume-adapter", str(folder / "stage1" / "step_2")]
-    code, printed = run_here(*again)
-    assert code == 0, printed
-    assert events(folder)[: len(before)] == before, "Stage I's lines stay"
-    assert [line["step"] for line in events(folder) if line.get("stage") == 2] == list(range(1, STEPS + 1))
-    assert adapter_bytes(folder / "stage1") == adapter_bytes(full_run.folder / "stage1")
-    assert adapter_bytes(folder / "stage2") != adapter_bytes(full_run.folder / "stage2")
-    # a second time there is a Stage II to lose
-    code, printed = run_here(*again)
-    assert (code, len(printed.splitlines())) == (2, 1)
-    assert "--overwrite" in printed
-    first = adapter_bytes(folder / "stage2")
-    code, printed = run_here(*again, "--overwrite")
-    assert code == 0, printed
-    assert adapter_bytes(folder / "stage2") == first
-    assert (folder / "stage1" / "step_2" / "adapter_model.safetensors").exists()
-    assert [line["step"] for line in events(folder) if line.get("stage") == 2] == list(range(1, STEPS + 1))
+class Moments:
+    """Counts the moments of this process. Kills it at the moment-th; with None it writes each one's place to `told`."""
+
+    def __init__(self, moment: int | None, folder: Path, told: Path) -> None:
+        self.moment, self.folder, self.count, self.places, self.pid = moment, folder, 0, ["elsewhere"], os.getpid()
+        self.diary = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    def is_now(self, what: str) -> bool:
+        self.count += 1
+        if self.moment in (None, self.count):
+            os.write(self.diary, f"{self.places[-1]}: {what}\n".encode())
+        return self.count == self.moment
+
+    def watch(self, event: str, args: tuple) -> None:
+        """Writes, renames and removals in the run folder, as Python's audit events."""
+        events = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
+        if os.getpid() != self.pid or event not in events:
+            return
+        writes = event != "open" or bool((args[2] or 0) & (os.O_WRONLY | os.O_RDWR))
+        below = isinstance(args[0], str | Path) and str(args[0]).startswith(str(self.folder))
+        by_descriptor = event in ("os.remove", "os.rmdir") and args[-1] != -1  # as rmtree does it
+        if writes and (below or by_descriptor) and self.is_now(f"{event} {Path(args[0]).name}"):
+            os.kill(self.pid, signal.SIGKILL)
+
+    def within(self, module: Any, name: str, place: Callable[..., str]) -> None:
+        """What happens in this function happens in this place."""
+
+        def outer(inner: Callable, *args: Any, **kwargs: Any) -> Any:
+            self.places.append(place(*args))
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self.places.pop()
+
+        wrap(module, name, outer)
+
+    def torn(self, module: Any, name: str, tear: Callable[..., None] | None = None) -> None:
+        """A moment in the middle of what a writer writes, where `tear` leaves a half; else just before."""
+
+        def outer(inner: Callable, *args: Any, **kwargs: Any) -> Any:
+            if self.is_now(f"half of {name}" if tear else f"before {name}"):
+                tear(inner, *args) if tear else None
+                os.kill(self.pid, signal.SIGKILL)
+            return inner(*args, **kwargs)
+
+        wrap(module, name, outer)
 
 
-def test_stage_two_stopped_before_its_first_step_resumes_from_its_own_adapter(
-    run_here: Callable[..., Any], full_run: SimpleNamespace, tmp_path: Path
-) -> None:
-    """The folder's own Stage I is complete too, but Stage II was to begin from elsewhere."""
-    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
-    shutil.copytree(full_run.folder / "stage1" / "step_2", elsewhere)
-    start = ["--start-stage", "2", "--resume-adapter", str(elsewhere)]
-    ends = []
-    for flags in (start, [*start, "--resume"]):
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(full_run.folder, folder, ignore=shutil.ignore_patterns("stage2"))
-        lines = [line for line in events(folder) if line.get("stage") != 2 and line.get("checkpoint") != "stage2"]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        code, printed = run_here(*flags)
-        assert code == 0, printed
-        assert [e["adapter"] for e in events(folder) if "adapter" in e] == [str(elsewhere)]
-        ends.append(adapter_bytes(folder / "stage2"))
-    assert ends[0] == ends[1] != adapter_bytes(full_run.folder / "stage2")
+def half_a_line(_: Any, run: train.Run, event: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+    name, rows = ("samples.jsonl", samples) if len(str(event)) % 2 else ("metrics.jsonl", [event])
+    text = "".join(map(train.to_json, rows)).encode()
+    cut = len(text) * 2 // 3
+    cut = next((i + 1 for i in range(cut, len(text)) if text[i] >= 0xC0), cut)  # inside a character, where possible
+    with (run.folder / name).open("ab") as stream:
+        stream.write(text[:cut])
 
 
-def test_stage_two_with_other_prompts_evaluates_the_pretrained_model_anew(
-    run_here: Callable[..., Any], full_run: SimpleNamespace, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(full_run.folder, folder, ignore=shutil.ignore_patterns("stage2"))
-    adapter = ["--resume-adapter", str(folder / "stage1"), "--overwrite"]
-    code, printed = run_here("--start-stage", "2", *adapter, "--set", "eval.max_examples=4")
-    assert code == 0, printed
-    (pretrain,) = [e for e in events(folder) if e.get("checkpoint") == "pretrain"]
-    assert pretrain["n"] == 4
-    assert [e["step"] for e in events(folder) if e.get("stage") == 1] == list(range(1, STEPS + 1)), "Stage I stays"
+def half_the_weights(inner: Callable, tensors: dict, file: Any, *rest: Any) -> None:
+    inner(tensors, file, *rest)
+    os.truncate(file, os.path.getsize(file) // 2)
+
+
+def die_at(moment: int | None, folder: Path, told: Path) -> None:
+    """A child that kills itself at its moment-th moment; with None it only tells their places."""
+    quickly()
+    moments = Moments(moment, folder, told)
+    moments.within(train.Run, "evaluate", lambda run, policy, examples, label, *rest: f"evaluation {label}")
+    moments.within(train, "train_stage", lambda policy, examples, stage, *rest: f"stage{stage} step")
+    moments.within(train.Run, "save_checkpoint", lambda run, policy, stage, step, _: f"stage{stage} checkpoint {step}")
+    moments.within(train, "open_run", lambda *args: "open")
+    moments.torn(train.Run, "write", half_a_line)
+    moments.torn(train, "write_atomically", lambda _, file, text: file.with_name(f".{file.name}.tmp").touch())
+    moments.torn(train, "save_file", half_the_weights)
+    moments.torn(peft.peft_model, "safe_save_file", half_the_weights)
+    moments.torn(train, "train_step")
+    sys.addaudithook(moments.watch)
+
+
+def test_killed_at_random_moments(short_run, whole, tmp_path, record_property):
+    """Resumed, or started again where nothing was there yet, each ends as the run that was never killed."""
+    rng, kills, places, kinds = random.Random(20), 0, [], defaultdict(list)
+    for number, place in enumerate(whole.moments, 1):  # one of each kind of place, not of the most frequent writes
+        kinds[place.partition(":")[0]].append(number)
+        kinds["half" + place.partition("half")[2]].append(number)
+    chosen = sorted({rng.choice(numbers) for numbers in kinds.values()})
+    for first in chosen:
+        out, moment, deaths = tmp_path / str(first), first, 0
+        out.mkdir()
+        while True:
+            resume = ["--resume"] if (out / "run" / "config.yaml").exists() else []
+            done = run(short_run(out, *resume), out, partial(die_at, moment, out / "run", out / "told"))
+            if done.code != -signal.SIGKILL:
+                break
+            deaths += 1
+            moment = rng.randrange(1, len(whole.moments) // 3) if deaths < 3 and first % 6 == 0 else -1
+        told = (out / "told").read_text().splitlines() if deaths else []
+        assert done.code == 0, f"{told}: {done.err}"
+        assert deaths >= 1, f"moment {first} never came"
+        assert_same_ending(out / "run", whole, f"killed at {told}")
+        shutil.rmtree(out)
+        kills, places = kills + deaths, places + told
+    record_property("said", f"{kills} kills of {len(chosen)} runs, every ending the same")
+    assert kills > len(chosen), "some were killed more than once"
+    for place in ("open", "half of", "step", "stage1 checkpoint 2", "stage1 checkpoint 3", "stage2 checkpoint 2",
+                  *(f"evaluation {checkpoint}:" for checkpoint in EVALUATIONS)):  # fmt: skip
+        assert any(place in told for told in places), f"no kill in {place}: {places}"
+
+
+def test_killed_from_outside_in_slow_writes(short_run, whole, tmp_path):
+    def slow(inner: Callable, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.02)
+        return inner(*args, **kwargs)
+
+    def slowly() -> None:
+        """Every flush, rename and weight file takes its time, so that a kill falls into one."""
+        quickly()
+        for module, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (peft.peft_model, "safe_save_file")):
+            wrap(module, name, slow)
+
+    rng, kills, code = random.Random(9), 0, None
+    while code != 0:
+        resume = ["--resume"] if (tmp_path / "run" / "config.yaml").exists() else []
+        pid = fork_run(short_run(tmp_path, *resume), tmp_path / "log", slowly, wait=False)
+        until = time.monotonic() + rng.uniform(0.4, 1.5) * whole.seconds if kills < 4 else math.inf
+        while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if time.monotonic() > until:
+                os.kill(pid, signal.SIGKILL)
+                until, kills = math.inf, kills + 1
+            time.sleep(0.01)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert code in (0, -signal.SIGKILL), output(tmp_path / "log")
+    assert kills >= 1
+    assert_same_ending(tmp_path / "run", whole, f"killed {kills} times")
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ("model.lora.r=8", ["model.lora.r", "4", "8"]),
-        ("model.lora.alpha=16", ["model.lora.alpha"]),
-        ("model.lora.target_modules=[q_proj, v_proj]", ["target_modules"]),
-        ("model.name=OTHER", ["model.name"]),
-    ],
+    ("number", "stage", "step"), [(signal.SIGTERM, 1, 1), (signal.SIGHUP, 2, 2), (signal.SIGINT, 1, STEPS)]
 )
-def test_an_adapter_that_does_not_fit_is_refused_in_one_line(
-    run_here: Callable[..., Any], full_run: SimpleNamespace, tmp_path: Path, change: str, words: list[str]
-) -> None:
-    change = change.replace("OTHER", str(build_model(tmp_path / "other"))) if "OTHER" in change else change
-    for flags in (["--start-stage", "2"], ["--eval-only"]):
-        code, printed = run_here(*flags, "--resume-adapter", str(full_run.folder / "stage1"), "--set", change)
-        assert (code, len(printed.splitlines())) == (2, 1)
-        assert all(word in printed for word in [*words, "stage1"])
-    assert not (tmp_path / "run").exists()
+def test_a_signal_finishes_the_step_saves_and_prints_how_to_go_on(short_run, whole, tmp_path, number, stage, step):
+    """Also where no checkpoint, one with a validation, or the stage's end was due."""
+    command, folder = stop(short_run(tmp_path), tmp_path, (stage, step), number), tmp_path / "run"
+    assert steps_of(folder)[-1] == (stage, step)
+    assert newest(folder) == folder / f"stage{stage}" / (f"step_{step}" if step < STEPS else "")
+    assert f"Going on from {folder}/stage{stage}" in finish(command, tmp_path)
+    assert_same_ending(folder, whole, "stopped by a signal")
 
 
-# ----------------------------------------------------------------------------------------- nothing is lost or redone
+def test_a_signal_in_an_evaluation_and_a_second_one_at_once(short_run, whole, tmp_path):
+    command = stop(short_run(tmp_path), tmp_path, "stage1")
+    twice = run(command, tmp_path, at((2, 2), send(signal.SIGTERM, signal.SIGINT)))
+    assert (twice.code, twice.err) == (130, "")
+    assert steps_of(tmp_path / "run")[-1] == (2, 1), "the step in hand is abandoned"
+    assert newest(tmp_path / "run") == tmp_path / "run" / "stage1"
+    finish(command, tmp_path)
+    assert_same_ending(tmp_path / "run", whole, "stopped three times")
 
 
-def test_a_second_run_does_not_overwrite_the_first(
-    run_here: Callable[..., Any], full_run: SimpleNamespace, tmp_path: Path
-) -> None:
-    shutil.copytree(full_run.folder, tmp_path / "run")
-    code, printed = run_here()
-    assert (code, len(printed.splitlines())) == (2, 1)
-    assert "--resume" in printed
-    assert_same_run(tmp_path / "run", full_run.folder)
-    code, printed = run_here("--overwrite", "--set", "train.stage1_epochs=0", "--set", "train.stage2_epochs=0")
-    assert code == 0, printed
-    assert [line["event"] for line in events(tmp_path / "run")] == ["eval"]
+def test_a_terminal_that_closes_costs_no_step(short_run, tmp_path):
+    """A real SIGHUP: from then on every line that the run prints fails with EIO."""
+
+    def and_then_nothing_is_flushed(main: Callable, *args: Any) -> int:
+        code = main(*args)
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        return code
+
+    def on_a_terminal() -> None:
+        os.setsid()
+        master, terminal = os.openpty()
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+        for number in (1, 2):
+            os.dup2(terminal, number)
+        os.close(terminal)
+        at((1, 1), lambda: os.close(master))()
+        wrap(train, "main", and_then_nothing_is_flushed)
+
+    assert run(short_run(tmp_path), tmp_path, on_a_terminal).code == 130
+    assert newest(tmp_path / "run") == tmp_path / "run" / "stage1" / "step_1"
 
 
-def test_resuming_a_finished_run_adds_nothing(
-    run_here: Callable[..., Any], full_run: SimpleNamespace, tmp_path: Path
-) -> None:
-    shutil.copytree(full_run.folder, tmp_path / "run")
-    code, printed = run_here("--resume")
-    assert code == 0, printed
-    assert_same_run(tmp_path / "run", full_run.folder)
+def test_nohup_survives_a_logout(tiny_run, tmp_path):
+    def before() -> None:
+        at((1, 1), send(signal.SIGHUP))()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
+
+    assert run(tiny_run(tmp_path, *ONE_STEP), tmp_path, before).code == 0
 
 
-def test_resuming_with_other_mathematics_is_refused(
-    run_here: Callable[..., Any], full_run: SimpleNamespace, tmp_path: Path
-) -> None:
-    shutil.copytree(full_run.folder, tmp_path / "run")
-    code, printed = run_here(
-        "--resume", "--set", "train.beta1=0.5", "--set", "train.seed=9", "--set", "eval.batch_size=3"
-    )
-    assert (code, len(printed.splitlines())) == (2, 1)
-    assert "train.beta1" in printed
-    assert "train.seed" in printed
-    assert "eval.batch_size" not in printed
-    assert_same_run(tmp_path / "run", full_run.folder)
+# ------------------------------------------------------------------------------------------ C1, C6: one folder, one run
 
 
-def test_resuming_on_other_rows_is_refused(run_here: Callable[..., Any], data_dir: Path, tmp_path: Path) -> None:
-    folder, data = tmp_path / "run", tmp_path / "data"
-    shutil.copytree(data_dir, data)
-    flags = ["--set", f"dataset.name={data}", "train.stage1_epochs=1", "train.stage2_epochs=0"]
-    assert run_here(*flags)[0] == 0
-    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    rows = (data / "train.jsonl").read_text()
-    (data / "train.jsonl").write_text(rows.replace("10+0=?", "10+10=?"))
-    code, printed = run_here("--resume", *flags)
-    assert (code, printed.splitlines()) == (
-        2, [f"--resume: {folder / 'stage1'} was trained on other rows or prompts of {data}; put them back, or start a "
-            "new run with --set run_name=NAME"])  # fmt: skip
-    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
-    (data / "train.jsonl").write_text(rows)
-    assert run_here("--resume", *flags)[0] == 0
+def test_two_starts_at_once(short_run, whole, tmp_path):
+    pids = [fork_run(short_run(tmp_path), tmp_path / f"log{i}", quickly, wait=False) for i in (1, 2, 3)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    assert sorted(codes) == [0, 2, 2], [output(tmp_path / f"log{i}") for i in (1, 2, 3)]
+    assert_same_ending(tmp_path / "run", whole, "as if alone")
 
 
-def test_stage_two_alone_asks_nothing_of_stage_ones_batches(
-    run_here: Callable[..., Any], full_run: SimpleNamespace, tmp_path: Path
-) -> None:
-    start = ["--start-stage", "2", "--resume-adapter", str(full_run.folder / "stage1")]
-    code, printed = run_here(*start, "--set", "train.stage1_batch_size=500", "train.stage2_epochs=0.4")
-    assert code == 0, printed
-    assert [line["global_step"] for line in events(tmp_path / "run") if line.get("stage") == 2] == [1]
-    code, printed = run_here("--set", "train.stage1_batch_size=500", "run_name=other")
-    assert (code, printed.splitlines()) == (
-        2, ["train.stage1_batch_size: 500 is more than the 24 train examples; lower it"])  # fmt: skip
+def test_a_folder_in_use_is_refused_and_an_evaluation_beside_it_changes_nothing(short_run, whole, tmp_path):
+    """The holder waits before its evaluation of Stage I until the others have tried."""
+    waits, goes, folder = tmp_path / "waits", tmp_path / "goes", tmp_path / "run"
+
+    def wait() -> None:
+        waits.touch()
+        while not goes.exists():
+            time.sleep(0.01)
+
+    pid = fork_run(short_run(tmp_path), tmp_path / "log_of_holder", at("stage1", wait), wait=False)
+    try:
+        while not waits.exists():
+            assert os.waitpid(pid, os.WNOHANG) == (0, 0), output(tmp_path / "log_of_holder")
+            time.sleep(0.01)
+        before = contents(folder)
+        stage2 = ["--start-stage", "2", "--resume-adapter", str(folder / "stage1")]
+        for flags in ([], ["--resume"], ["--overwrite"], stage2, [*stage2, "--overwrite"]):
+            assert_refused(run(short_run(tmp_path, *flags), tmp_path), "output.dir", "in use", f"process {pid} on ")
+        for adapter in ("stage1/step_2", "stage1"):
+            finish(short_run(tmp_path, "--eval-only", "--resume-adapter", str(folder / adapter)), tmp_path)
+        assert contents(folder) == before
+    finally:
+        goes.touch()
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code == 0, output(tmp_path / "log_of_holder")
+    assert_same_ending(folder, whole, "as if alone")
+    assert evaluations_of(tmp_path / "run-eval") == ["stage1", "stage1"]
+    assert not list(tmp_path.glob(".*.holder")), "who is named holds the folder"
+
+
+def test_claim_folder_survives_a_holder_that_ends_or_was_killed(make_config):
+    config, args = make_config(), flags()
+    holder = Path(config.output.dir) / ".test.holder"
+    with train.claim_folder(args, config):
+        holder.unlink()
+        with pytest.raises(train.UserError, match="in use"), train.claim_folder(args, config):
+            pass
+    holder.write_text("process 1 on nowhere")  # as a kill leaves it
+    with train.claim_folder(args, config):
+        assert str(os.getpid()) in holder.read_text()
+
+
+def test_second_start_changes_nothing_and_overwrite_leaves_nothing_old(short_run, whole, finished, tmp_path):
+    """What a run does not write stays; what the old run wrote is gone before the new one can be killed."""
+    for name in ("notes.txt", "data/train.jsonl", ".own.tmp"):
+        (finished / name).parent.mkdir(exist_ok=True)
+        (finished / name).write_text("mine")
+    before = contents(finished)
+    assert_refused(run(short_run(tmp_path), tmp_path), "output.dir", "--resume", "--overwrite")
+    bad = run(short_run(tmp_path, "dataset.input_field=qestion", "--overwrite"), tmp_path)
+    assert_refused(bad, "dataset.input_field")
+    assert contents(finished) == before
+    kill(short_run(tmp_path, "train.beta1=0.5", "--overwrite"), tmp_path, (1, 1))
+    assert train.checkpoints(finished) == [finished], "a resume must not find the old run's"
+    assert {"notes.txt", "data/train.jsonl", ".own.tmp"} <= contents(finished).keys()
+    finish(short_run(tmp_path, "--overwrite"), tmp_path)
+    (finished / ".own.tmp").unlink()
+    assert_same_ending(finished, whole, "over another run")
 
 
 @pytest.mark.parametrize(
-    "lost",
-    [
-        ["stage1", "stage2"],  # nothing saved yet: from the beginning
-        ["stage1/state.json", "stage2"],  # killed while Stage I's end was being written
-        ["stage2"],  # killed in the evaluation after Stage I
-        ["stage2/state.json", "stage2/step_4/state.json"],
-        ["stage2/state.json"],
-    ],
-    ids=str,
+    "key", ["model.name", "dataset.name", "reward.module", "model.chat_template", "resume_adapter", "config", "a link"]
 )
-def test_resume_goes_on_from_the_newest_complete_checkpoint(
-    run_here: Callable[..., Any], full_run: SimpleNamespace, tmp_path: Path, lost: list[str]
-) -> None:
-    """The lines past it are there already, with a half-written last one: they are redone, not doubled."""
-    folder = tmp_path / "run"
-    shutil.copytree(full_run.folder, folder)
-    for place in lost:
-        shutil.rmtree(folder / place) if (folder / place).is_dir() else (folder / place).unlink()
-    with (folder / "metrics.jsonl").open("a") as stream:
-        stream.write('{"event": "train", "stage": 2, "st')
-    code, printed = run_here("--resume")
-    assert code == 0, printed
-    assert_same_run(folder, full_run.folder)
-    assert (folder / "results.md").read_text() == (full_run.folder / "results.md").read_text()
+def test_overwrite_never_deletes_what_the_config_reads(make_config, tmp_path, monkeypatch, key):
+    config = make_config({"model.chat_template": "\n".join([PLAIN_TEMPLATE] * 99)})  # no path
+    folder, args = train.run_folder(config), flags(overwrite=True)
+    place = folder / "merged" / "deep"
+    place.mkdir(parents=True)
+    assert train.find_start(args, config, {}) is None
+    if key == "a link":
+        (tmp_path / "link").symlink_to(folder / "merged")
+        place, key = tmp_path / "link" / "deep", "dataset.name"
+    elif key == "model.chat_template":
+        monkeypatch.setenv("HOME", str(folder))
+        place = "~/merged/deep"
+    section, _, name = key.rpartition(".")
+    setattr(getattr(config, section) if section else args, name, str(place))
+    with pytest.raises(train.UserError, match=re.escape(str(place))):
+        train.find_start(args, config, {})
 
 
-def test_the_learning_rate_of_every_step_is_a_trapezoid(
-    run_here: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Warm-up over three steps, and over the last two of six (lr_decay 0.5) it falls, in each stage anew."""
-    used, step = [], train.torch.optim.AdamW.step
-
-    def recorded(optimizer: Any, *args: Any, **how: Any) -> Any:
-        used.extend(group["lr"] for group in optimizer.param_groups)
-        return step(optimizer, *args, **how)
-
-    monkeypatch.setattr(train.torch.optim.AdamW, "step", recorded)
-    code, printed = run_here()
-    assert code == 0, printed
-    expected = [0.02 * share for share in (1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3)] * 2
-    assert used == pytest.approx(expected)
-    logged = [line["learning_rate"] for line in events(tmp_path / "run") if line["event"] == "train"]
-    assert logged == used
+def test_a_finished_run_that_is_resumed_changes_nothing(short_run, finished, tmp_path):
+    """Also with keys that move time and memory alone: config.yaml tells what the rows were made with."""
+    before = contents(finished)
+    moved = ["train.micro_batch_size=2", "train.checkpoint_every=1", "model.gradient_checkpointing=true"]
+    for keys in ([], moved):
+        assert "Stage I" not in finish(short_run(tmp_path, *keys, "--resume"), tmp_path)
+        assert contents(finished) == before
 
 
-@pytest.mark.parametrize(("steps", "decay", "shares"), [
-    (4, 0.0, [1, 1, 1, 1]),
-    (4, 1.0, [1, 0.75, 0.5, 0.25]),
-    (5, 0.4, [1, 1, 1, 1, 0.5]),
-    (2, 0.1, [1, 1]),  # less than a step
-])  # fmt: skip
-def test_a_decay_ends_one_step_above_zero(steps: int, decay: float, shares: list[float]) -> None:
-    keys = SimpleNamespace(learning_rate=1.0, warmup_steps=0, lr_decay=decay)
-    assert [train.learning_rate(step, steps, keys) for step in range(1, steps + 1)] == pytest.approx(shares)
+@pytest.mark.parametrize(
+    "change",
+    ["train.beta1=0.5", "train.seed=9", "eval.generation_temperature=1", "eval.batch_size=3", "reward.fn=exact_match",
+     "model.lora.dropout=0.0", "train.stage2_steps=4", "eval.validation=3", "prompts.self_correction=Again."],
+)  # fmt: skip
+def test_resume_refuses_a_key_that_changes_a_number(short_run, finished, tmp_path, change):
+    before = contents(finished)
+    done = run(short_run(tmp_path, change, "--resume"), tmp_path)
+    assert_refused(done, "--resume", change.partition("=")[0], "--start-stage 2 --resume-adapter")
+    assert contents(finished) == before
 
 
-def test_old_mid_stage_checkpoints_are_pruned_on_request(run_here: Callable[..., Any], tmp_path: Path) -> None:
-    code, printed = run_here(
-        "--set", "train.checkpoint_every=1", "--set", "output.keep_checkpoints=2", "--set", "train.stage2_epochs=0"
-    )
-    assert code == 0, printed
-    assert sorted(path.name for path in (tmp_path / "run" / "stage1").glob("step_*")) == ["step_4", "step_5"]
+OWN_REWARD = """
+from reward_function import register_reward
+@register_reward("own")
+def own(predictions, targets, extract):
+    return [{}.0 * len(text) for text in predictions]
+"""
+
+
+def test_resume_refuses_changed_rows_turns_and_rewards(tiny_run, tmp_path):
+    """What the config does not show: one run, then each of its files changed alone."""
+    data, module, template = tmp_path / "data", tmp_path / "own.py", tmp_path / "template.jinja"
+    shutil.copytree(Path(tiny_run(tmp_path)[1]).parent / "data", data)
+    dated = "{{ strftime_now('%d %B %Y') }}" + PLAIN_TEMPLATE
+    module.write_text(OWN_REWARD.format(1))
+    template.write_text(dated)
+    keys = [f"dataset.name={data}", f"reward.module={module}", "reward.fn=own", f"model.chat_template={template}"]
+    argv = tiny_run(tmp_path, *ONE_STEP, "eval.max_examples=2", "train.max_prompt_length_attempt1=80", *keys)
+    finish(argv, tmp_path)
+    before = contents(tmp_path / "run")
+
+    def another_day() -> None:
+        class Later(transformers.utils.chat_template_utils.datetime):
+            @classmethod
+            def now(cls, *args: Any) -> Any:
+                return cls(2031, 2, 3)
+
+        transformers.utils.chat_template_utils.datetime = Later
+
+    turns = dated.replace("message.content", "(message.content if loop.index < 3 else message.content + '!')")
+    rows, test_rows = ((data / f"{name}.jsonl").read_text() for name in ("train", "test"))
+    for file, text, words in (
+        (data / "train.jsonl", rows.replace("10+0=", "10+9="), ["rows"]),
+        (data / "test.jsonl", re.sub(r'"answer": "\d+"', '"answer": "7"', test_rows, count=1), ["rows"]),
+        (module, OWN_REWARD.format(-1), ["reward.module"]),
+        (template, turns, ["prompts.self_correction"]),
+        (template, dated, ["template", "date"]),
+    ):
+        right = file.read_text()
+        file.write_text(text)
+        assert_refused(run([*argv, "--resume"], tmp_path, another_day if text == dated else quickly), *words)
+        file.write_text(right)
+    finish([*argv, "--resume"], tmp_path)
+    assert contents(tmp_path / "run") == before
+
+
+def test_fingerprints_hold_the_columns_that_rewards_read(make_config):
+    def rows(column: str) -> str:
+        example = train.Example("1+1=?", "2", [1, 2], {"solution": column})
+        return train.fingerprints([example], [], [example], [3], make_config())["rows"]
+
+    assert rows("two") == rows("two") != rows("three")
+
+
+def test_resume_cleans_up_half_written_states(short_run, whole, finished, tmp_path):
+    """Lines past the newest checkpoint, half of one more, checkpoints without state.json, temporary files."""
+    shutil.copytree(finished / "stage1" / "step_2", finished / "stage2" / "step_9")
+    shutil.copytree(finished / "stage1" / "step_2", finished / "stage2" / ".step_1.tmp")
+    shutil.copytree(finished / "stage1" / "step_2", finished / "stage1" / ".end.tmp")
+    for name in (".metrics.jsonl.tmp", ".results.json.tmp", "stage1/.README.md.tmp", "stage1/step_2/.state.json.tmp"):
+        (finished / name).write_text("half")
+    for name in train.LOGS:
+        with (finished / name).open("a") as stream:
+            stream.write('{"event": "train", "st')
+    for file in finished.glob("stage2/**/state.json"):
+        file.unlink()
+    assert newest(finished) == finished / "stage1"
+    finish(short_run(tmp_path, "--resume"), tmp_path)
+    assert_same_ending(finished, whole, "half-written states")
+
+
+@pytest.mark.parametrize(
+    ("lost", "cut", "names"),
+    [
+        ([], "samples.jsonl", "samples.jsonl"),
+        ([], "stage2/state.json", "state.json"),
+        ([], "config.yaml", "config.yaml"),
+        (["metrics.jsonl"], None, "metrics.jsonl"),
+        (["stage2/state.json"], None, "optimizer"),
+        ([f"{place}/state.json" for place in (".", "stage1", "stage1/step_2", "stage2", "stage2/step_2")], None,
+         "checkpoints"),
+    ],
+)  # fmt: skip
+def test_resume_of_a_damaged_folder_is_one_line(short_run, finished, tmp_path, lost, cut, names):
+    for name in lost:
+        (finished / name).unlink()
+    if cut:
+        os.truncate(finished / cut, 8)
+    before = contents(finished)
+    assert_refused(run(short_run(tmp_path, "--resume"), tmp_path), names)
+    assert contents(finished) == before
+
+
+# ---------------------------------------------------------------------------------------------------- smoke, eval-only
+
+
+def test_smoke_has_its_own_folder_and_replaces_smoke_runs_alone(short_run, finished, tmp_path):
+    before, smoke = contents(finished), tmp_path / "run-smoke"
+    shutil.copytree(finished, smoke)
+    for flags in ([], ["--overwrite"]):
+        assert_refused(run(short_run(tmp_path, "--smoke", "4", *flags), tmp_path), "--smoke", "run_name")
+        assert contents(smoke) == before
+    shutil.rmtree(smoke)
+    command = stop(short_run(tmp_path, "--smoke", "4"), tmp_path, (1, 2))
+    assert newest(smoke) == smoke / "stage1"
+    for argv in (command, short_run(tmp_path, "--smoke", "4")):
+        finish(argv, tmp_path)
+        assert steps_of(smoke) == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    mine, stage2 = contents(smoke), short_run(tmp_path, "--smoke", "4", *from_adapter(smoke / "stage1" / "step_1"))
+    finish(stop(stage2, tmp_path, (2, 1)), tmp_path)
+    assert steps_of(tmp_path / "run-stage2-smoke") == [(2, 1), (2, 2)]
+    assert (contents(smoke), contents(finished)) == (mine, before)
+
+
+def test_eval_only_gives_the_runs_numbers_and_adds_up(short_run, finished, tmp_path):
+    """Needs no train batch; a kill in the middle costs nothing; other settings and a run's own folder are refused."""
+    before, folder = contents(finished), tmp_path / "run-eval"
+    keys = ["train.stage1_batch_size=500", "--eval-only"]
+    first, second = (short_run(tmp_path, *keys, "--resume-adapter", str(finished / f"stage{i}")) for i in (1, 2))
+    finish(short_run(tmp_path, *keys), tmp_path)
+    kill(first, tmp_path, "stage1")
+    finish(stop(first, tmp_path, "stage1"), tmp_path)
+    finish(second, tmp_path)
+    events = lines_of(folder)
+    assert json.loads((folder / "results.json").read_text())["evals"] == events
+    assert [event["adapter"] for event in events] == [None, str(finished / "stage1"), str(finished / "stage2")]
+    theirs = {event["checkpoint"]: event for event in lines_of(finished) if event["event"] == "eval"}
+    for event in events:
+        known = theirs[event["checkpoint"]]
+        assert {key for key in event if event[key] != known.get(key)} <= {"seconds", "adapter", "global_step"}
+    assert (list(folder.glob("stage*")), contents(finished)) == ([], before)
+    mine = contents(folder)
+    assert_refused(run(short_run(tmp_path, "eval.batch_size=1", *keys), tmp_path), "--eval-only", "eval.batch_size")
+    assert contents(folder) == mine
+
+
+def test_eval_only_never_touches_a_run_that_has_the_name(short_run, finished, tmp_path):
+    folder = finished.rename(tmp_path / "run-eval")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"run_name": "run-eval"}))
+    before = contents(folder)
+    for flags in ([], ["--overwrite"]):
+        assert_refused(run(short_run(tmp_path, "--eval-only", *flags), tmp_path), "--eval-only", "run_name")
+        assert contents(folder) == before
+
+
+# ------------------------------------------------------------------------------------- C2, C3: Stage II from an adapter
 
 
 @pytest.fixture(scope="module")
-def interrupted(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A run that got Ctrl-C in its first stage."""
-    out = tmp_path_factory.mktemp("interrupted")
-    argv = arguments(config_file, out)
-    done = start_and_signal(argv, out / "run", 1, 1, signal.SIGINT, BROKEN_NETWORK)
-    return SimpleNamespace(done=done, argv=argv, folder=out / "run", out=out)
+def stage2(short_run: Any, whole: SimpleNamespace, tmp_path_factory: Any) -> SimpleNamespace:
+    """A Stage II from another run's stage1/step_2, never interrupted."""
+    out = tmp_path_factory.mktemp("stage2")
+    finish(short_run(out, *from_adapter(whole.folder / "stage1" / "step_2")), out)
+    return SimpleNamespace(folder=out / "run", weights=weights(out / "run" / "stage2"))
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(interrupted: SimpleNamespace) -> None:
-    assert interrupted.done.returncode == 130, interrupted.done.stderr
-    assert "Traceback" not in interrupted.done.stderr
-    step = max(line["step"] for line in events(interrupted.folder) if line["event"] == "train")
-    assert step < STEPS
-    assert (interrupted.folder / "stage1" / f"step_{step}" / "state.json").exists()
-    seen = [interrupted.folder / name for name in ("results.md", "curves.png")]
-    assert f"So far: {seen[0]}, {seen[1]}." in interrupted.done.stderr
-    assert all(file.exists() for file in seen)
-    command = interrupted.done.stderr.strip().rpartition("Continue with: ")[2]
-    assert shlex.split(command) == ["python", "train.py", *interrupted.argv, "--resume"]
+def from_adapter(folder: Path) -> list[str]:
+    return ["--start-stage", "2", "--resume-adapter", str(folder)]
 
 
-def test_an_interrupted_run_ends_as_if_it_had_not_been(interrupted: SimpleNamespace, full_run: SimpleNamespace) -> None:
-    done = command_line([*interrupted.argv, "--resume"])
-    assert done.returncode == 0, done.stderr
-    assert_same_run(interrupted.folder, full_run.folder)
+def test_stage_two_in_a_new_run(whole, stage2):
+    assert steps_of(stage2.folder) == [(2, step + 1) for step in range(STEPS)]
+    assert evaluations_of(stage2.folder) == ["pretrain", "stage1", "stage2/step_0", *EVALUATIONS[-3:]]
+    assert weights(stage2.folder / "stage2" / "step_0") == weights(whole.folder / "stage1" / "step_2")
+    assert stage2.weights != weights(whole.folder / "stage2")
+    given = [event["adapter"] for event in lines_of(stage2.folder) if "adapter" in event]
+    assert given == [str(whole.folder / "stage1" / "step_2")]
 
 
-def test_an_unreachable_wandb_server_goes_offline(interrupted: SimpleNamespace) -> None:
-    assert list(interrupted.folder.glob("wandb/offline-run-*")), interrupted.done.stdout
+@pytest.mark.parametrize("when", ["pretrain", "stage1", "stage2/step_0"])
+def test_stage_two_killed_before_its_first_checkpoint_keeps_its_adapter(short_run, stage2, finished, tmp_path, when):
+    """C2: the folder held a Stage I of its own, and the adapter from elsewhere is gone by now."""
+    other = finished.rename(tmp_path / "elsewhere") / "stage1" / "step_2"
+    shutil.copytree(tmp_path / "elsewhere", finished, ignore=shutil.ignore_patterns("stage2"))
+    argv = short_run(tmp_path, *from_adapter(other))
+    assert_refused(run(argv, tmp_path), "output.dir")
+    kill([*argv, "--overwrite"], tmp_path, when)
+    assert train.checkpoints(finished) == [finished / "stage2" / "step_0"]
+    shutil.rmtree(tmp_path / "elsewhere")
+    finish(short_run(tmp_path, "--resume"), tmp_path)
+    assert weights(finished / "stage2") == stage2.weights
+    assert steps_of(finished) == steps_of(stage2.folder)
+    assert evaluations_of(finished) == evaluations_of(stage2.folder)
 
 
-def test_a_killed_run_ends_as_if_it_had_not_been(
-    config_file: Path, run_here: Callable[..., Any], full_run: SimpleNamespace, tmp_path: Path
-) -> None:
-    killed = start_and_signal(
-        arguments(config_file, tmp_path, "--set", "wandb_project=null"), tmp_path / "run", 2, 1, signal.SIGKILL
-    )
-    assert killed.returncode == -signal.SIGKILL
-    assert not (tmp_path / "run" / "stage2" / "state.json").exists()
-    code, printed = run_here("--resume")
-    assert code == 0, printed
-    assert_same_run(tmp_path / "run", full_run.folder)
-
-
-# ------------------------------------------------------------------------------------------------- validation
-
-
-VALIDATION = ["--set", "eval.validation=8", "eval.samples=2", "wandb_project=null"]
-
-
-@pytest.fixture(scope="module")
-def validated(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A run that keeps 8 of its 24 train rows out: two stages of four steps, a checkpoint after the second of each."""
-    out = tmp_path_factory.mktemp("validated")
-    done = command_line(arguments(config_file, out, *VALIDATION))
-    assert done.returncode == 0, done.stderr
-    return SimpleNamespace(folder=out / "run", stdout=done.stdout)
-
-
-def test_validation_rows_are_evaluated_at_every_checkpoint_and_never_trained_on(
-    validated: SimpleNamespace, data_dir: Path
-) -> None:
-    lines = events(validated.folder)
-    assert [(line["checkpoint"], line["n"]) for line in lines if line["event"] == "eval" and "held_out" in line] == [
-        (f"stage{stage}/step_{step}", 8) for stage, step in ((1, 0), (1, 2), (1, 4), (2, 2), (2, 4))]  # fmt: skip
-    order = [line.get("checkpoint") or (line["stage"], line["step"]) for line in lines]
-    assert order == [
-        "pretrain", "stage1/step_0", (1, 1), (1, 2), "stage1/step_2", (1, 3), (1, 4), "stage1/step_4", "stage1",
-        (2, 1), (2, 2), "stage2/step_2", (2, 3), (2, 4), "stage2/step_4", "stage2"]  # fmt: skip
-    assert {line["checkpoint"]: line["global_step"] for line in lines if "held_out" in line} == {
-        "stage1/step_0": 0, "stage1/step_2": 2, "stage1/step_4": 4, "stage2/step_2": 6, "stage2/step_4": 8}  # fmt: skip
-    rows = [json.loads(line) for line in (validated.folder / "samples.jsonl").read_text().splitlines()]
-    held_out = {row["question"] for row in rows if "held_out" in row}
-    tested = {row["question"] for row in rows if row["event"] == "eval" and "held_out" not in row}
-    trained = {row["question"] for row in rows if row["event"] == "train"}
-    given = {json.loads(line)["question"] for line in (data_dir / "train.jsonl").read_text().splitlines()}
-    assert len(held_out) == 8
-    assert trained
-    assert held_out <= given
-    assert not held_out & (tested | trained)
-    assert all("vote_parallel_2" not in line for line in lines if "held_out" in line), "votes are for the test rows"
-
-
-def test_validation_is_reported_as_such(validated: SimpleNamespace) -> None:
-    table = (validated.folder / "results.md").read_text()
-    assert re.search(r"^\| stage2/step_2 \(validation\) ", table, re.MULTILINE)
-    assert re.search(r"^\| stage2 ", table, re.MULTILINE)
-    (line,) = [line for line in validated.stdout.splitlines() if line.startswith("Best on the 8 validation rows: ")]
-    scores = {line["checkpoint"]: line["acc_attempt2"] for line in events(validated.folder) if "held_out" in line}
-    del scores["stage1/step_0"]  # before any training
-    best = max(reversed(scores), key=scores.get)  # the latest of equals
-    folder = {"stage1/step_4": "stage1", "stage2/step_4": "stage2"}.get(best, best)
-    assert line.split(": ")[1].startswith(f"{validated.folder / folder}, Acc@t2 {scores[best]:.3f}")
-    card = (validated.folder / "stage2" / "step_2" / "README.md").read_text()
-    assert "`stage2/step_2` is this adapter on held-out rows" in card
-
-
-@pytest.mark.parametrize(("stage", "step"), [(1, 2), (2, 2)])
-def test_a_run_killed_in_its_validation_goes_on_as_if_it_had_not_been(
-    run_here: Callable[..., Any], validated: SimpleNamespace, tmp_path: Path, stage: int, step: int
-) -> None:
+def test_stage_two_goes_on_in_its_own_run_from_the_newest_checkpoint(short_run, stage2, tmp_path):
+    """C3: under the config of its Stage I alone, and with Stage I's lines up to there."""
     folder = tmp_path / "run"
-    shutil.copytree(validated.folder, folder)
-    for later in ("stage1", "stage2")[stage - 1 :]:
-        (folder / later / "state.json").unlink()
-    if stage == 1:
-        shutil.rmtree(folder / "stage2")
-    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    here = next(i for i, line in enumerate(lines) if f'"stage{stage}/step_{step}"' in line)
-    (folder / "metrics.jsonl").write_text("".join(lines[:here]))
-    code, printed = run_here(*VALIDATION, "--resume")
-    assert code == 0, printed
-    assert_same_run(folder, validated.folder)
+    kill(short_run(tmp_path), tmp_path, (1, 3))
+    before, flags = lines_of(folder), from_adapter(folder / "stage1" / "step_2")
+    for more in ([], ["--overwrite"]):
+        assert_refused(run(short_run(tmp_path, "train.alpha=1", *flags, *more), tmp_path), "train.alpha", "run_name=")
+    kill(short_run(tmp_path, *flags), tmp_path, (2, 1))
+    assert newest(folder) == folder / "stage2" / "step_0"
+    finish(short_run(tmp_path, "--resume"), tmp_path)
+    assert weights(folder / "stage2") == stage2.weights
+    assert lines_of(folder)[: len(before)] == before
+    assert steps_of(folder) == [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3)]
 
 
-def test_a_checkpoint_made_by_a_signal_is_no_reason_to_validate(
-    run_here: Callable[..., Any], validated: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    improve, steps = train.improve, []
-
-    def signalled(*args: Any) -> Any:
-        steps.append(1)
-        if len(steps) == 1:  # step 1, where no checkpoint is due
-            os.kill(os.getpid(), signal.SIGTERM)
-        return improve(*args)
-
-    monkeypatch.setattr(train, "improve", signalled)
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "SIGNALS_SEEN", [])
-        code, _ = run_here(*VALIDATION)
-    assert code == 130
-    assert (tmp_path / "run" / "stage1" / "step_1" / "state.json").exists()
-    code, printed = run_here(*VALIDATION, "--resume")
-    assert code == 0, printed
-    assert_same_run(tmp_path / "run", validated.folder)
+def test_stage_two_after_a_whole_run_goes_into_a_run_of_its_own(short_run, stage2, finished, tmp_path):
+    """The specification's own command, typed after a whole run of the same config; stopped, and typed once more."""
+    before, argv = contents(finished), short_run(tmp_path, *from_adapter(finished / "stage1" / "step_2"))
+    command = stop(argv, tmp_path, (2, 1))
+    assert str(tmp_path / "run-stage2") in output(tmp_path / "log", "out")
+    finish(command, tmp_path)
+    assert weights(tmp_path / "run-stage2" / "stage2") == stage2.weights
+    mine = contents(tmp_path / "run-stage2")
+    assert_refused(run(argv, tmp_path), "run-stage2 already", "--set run_name=run-stage2 --overwrite")
+    assert contents(finished) == before
+    assert contents(tmp_path / "run-stage2") == mine
 
 
-def test_stage_two_alone_validates_from_its_start_and_warns_of_an_adapter_that_saw_other_rows(
-    run_here: Callable[..., Any], validated: SimpleNamespace, full_run: SimpleNamespace, tmp_path: Path
-) -> None:
-    start = ["--start-stage", "2", "--resume-adapter"]
-    short = ["--set", "train.checkpoint_every=1", "output.keep_checkpoints=1"]
-    for name, adapter, warned in (("own", validated.folder, False), ("other", full_run.folder, True)):
-        code, printed = run_here(*start, str(adapter / "stage1"), *VALIDATION, *short, "--set", f"run_name={name}")
-        assert code == 0, printed
-        assert ("may have seen the eval.validation ones" in printed) == warned
-        found = [line["checkpoint"] for line in events(tmp_path / name) if "held_out" in line]
-        assert found == [f"stage2/step_{step}" for step in range(5)]
-    code, printed = run_here("--smoke", "4", *VALIDATION)
-    assert code == 0, printed
-    assert {line["n"] for line in events(tmp_path / "run-smoke") if "held_out" in line} == {4}
+def test_stage_two_over_what_lies_past_its_adapter(short_run, stage2, whole, finished, tmp_path):
+    """--overwrite deletes what lies past the adapter and cuts the logs there; killed in it, the command works again."""
+    argv = short_run(tmp_path, *from_adapter(finished / "stage1" / "step_2"), "--overwrite")
+    told, spare, before = tmp_path / "told", shutil.copytree(finished, tmp_path / "spare"), train.checkpoints(finished)
+    assert run(argv, tmp_path, partial(die_at, None, finished, told)).code == 0, output(tmp_path / "log")
+    moments = told.read_text().splitlines()
+    opening = [number for number, place in enumerate(moments, 1) if place.startswith("open: ")]
+    first_save = next(n for n in opening if "step_0" in moments[n - 1])
+    second = [number for number in opening if "remove state.json" in moments[number - 1]][1]
+    for moment in (second + 1, first_save + 2, opening[-1]):
+        shutil.rmtree(finished)
+        shutil.copytree(spare, finished)
+        assert run(argv, tmp_path, partial(die_at, moment, finished, told)).code == -signal.SIGKILL
+        left = train.checkpoints(finished)
+        assert left == before[: len(left)] or left[2:] == [finished / "stage2" / "step_0"], "the newest goes first"
+        resumed = run(short_run(tmp_path, "--resume"), tmp_path, at((1, 1), send(signal.SIGKILL)))
+        assert resumed.code in (0, 2), f"{moments[moment - 1]}: no Stage I is trained again"
+        if resumed.code == 2:
+            assert_refused(resumed, "optimizer", str(finished / "stage1" / "step_2"))
+    finish(argv, tmp_path)
+    assert weights(finished / "stage2") == stage2.weights
+    assert weights(finished / "stage1" / "step_2") == weights(whole.folder / "stage1" / "step_2")
+    assert not (finished / "stage1" / "adapter_model.safetensors").exists()
+    assert steps_of(finished) == [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3)]
+    assert evaluations_of(finished) == [*EVALUATIONS[:3], *evaluations_of(stage2.folder)[1:]]
 
 
-def test_validation_rows_are_the_same_for_every_seed_and_leave_rows_to_train_on(
-    run_here: Callable[..., Any], validated: SimpleNamespace, tmp_path: Path
-) -> None:
-    rows = [train.Example(str(i), "", []) for i in range(30)]
-    kept, held_out = train.hold_out(rows, 10)
-    assert sorted(rows.index(row) for row in kept + held_out) == list(range(30))
-    assert {row.question for row in train.hold_out(rows[::-1], 10)[1]} == {row.question for row in held_out}
-    twice = train.hold_out(rows + rows, 10)
-    assert not {row.question for row in twice[0]} & {row.question for row in twice[1]}
-    assert train.hold_out(rows, 0) == (rows, [])
-    code, printed = run_here("--set", "eval.validation=24")
-    assert (code, printed.strip()) == (2, "eval.validation: 24 leaves nothing of 24 train examples; lower it")
-    shutil.copytree(validated.folder, tmp_path / "run", dirs_exist_ok=True)
-    code, printed = run_here("--resume", *VALIDATION, "--set", "eval.validation=4")
-    assert code == 2
-    assert "eval.validation 8 -> 4" in printed
+def test_find_start_never_deletes_what_a_run_did_meanwhile(make_config):
+    """The run went on past its checkpoint between the choice of the folder's name and the lock."""
+    config, marks = make_config(), {"rows": "r"}
+    folder = train.run_folder(config)
+    state = {"stage": 1, "step": 2, "finished": False, "logs": {}, "marks": marks, "seconds": 0.0}
+    for place, change in (("stage1/step_2", {}), ("stage1", {"finished": True})):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        (folder / place / "state.json").write_text(json.dumps(state | change))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump()))
+    args = flags(start_stage=2, resume_adapter=str(folder / "stage1" / "step_2"))
+    with pytest.raises(train.UserError, match="past"):
+        train.find_start(args, config, marks)
+    args.resume_adapter = str(folder / "stage1")
+    assert train.find_start(args, config, marks) == folder / "stage1"
 
 
 # ------------------------------------------------------------------------------------------------------ ends in trouble
 
 
-def test_a_run_whose_steps_are_never_finite_ends_with_advice(
-    run_here: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(train, "k3", lambda log_probs, _: log_probs * math.nan)
-    code, printed = run_here("--set", "train.max_skipped_steps=3")
-    assert code == 1
-    assert "learning_rate" in printed
-    steps = [line for line in events(tmp_path / "run") if line["event"] == "train"]
-    assert [line["skipped"] for line in steps] == [True] * 3
-    assert not (tmp_path / "run" / "stage1" / "state.json").exists()
+def full_in_open(name: str, due: Callable[[], bool]) -> None:
+    """There is no room for files of this name."""
+
+    def opens(inner: Callable, file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if isinstance(file, str | Path) and Path(file).name == name and set(mode) & set("wax+") and due():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return inner(file, mode, *args, **kwargs)
+
+    wrap(builtins, "open", opens)
+    io.open = builtins.open
 
 
-def test_a_reward_that_raises_ends_the_run_by_name(
-    run_here: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def odd_reward(predictions: list[str], targets: list[str], extract: Any) -> list[float]:
-        raise KeyError("inside")
+def full_in_call(module: Any, name: str, due: Callable[[], bool], error: Exception | None = None, of: str = "") -> None:
+    """A function fails as the system's own, or a library's in Rust, would; `of`: only for a file of this name."""
 
-    monkeypatch.setitem(train.REWARD_FNS, "odd_reward", odd_reward)
-    code, printed = run_here("--set", "reward.fn=odd_reward")
-    assert code == 2
-    assert "odd_reward" in printed
-    assert "Traceback" not in printed
+    def call(inner: Callable, *args: Any, **kwargs: Any) -> Any:
+        if due() and (not of or Path(args[-1]).name == of):
+            raise error or OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return inner(*args, **kwargs)
+
+    wrap(module, name, call)
 
 
-@pytest.mark.parametrize(
-    ("change", "key"),
-    [
-        ("dataset.input_field=qestion", "dataset.input_field"),
-        ("dataset.name=no/where", "dataset.name"),
-        ("model.name=no/where", "model.name"),
-        ("train.stage1_batch_size=1000", "train.stage1_batch_size"),
-        ("train.max_prompt_length_attempt2=57", "train.max_prompt_length_attempt2"),
-    ],
-)
-def test_faults_of_data_and_model_exit_with_2_and_leave_the_name_free(
-    run_here: Callable[..., Any], change: str, key: str
-) -> None:
-    code, printed = run_here("--set", change)
-    assert code == 2
-    assert printed.strip().splitlines()[-1].startswith(key)
-    code, printed = run_here("--set", "train.stage1_epochs=0", "--set", "train.stage2_epochs=0")
-    assert code == 0, printed
+RUST = safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+# What fails once stage1/step_2 is there, and the place that the line names.
+FULL = {
+    "metrics.jsonl": (partial(full_in_open, "metrics.jsonl"), "metrics.jsonl"),
+    "results.json": (partial(full_in_open, ".results.json.tmp"), "results.json"),
+    "adapter": (partial(full_in_call, peft.peft_model, "safe_save_file", error=RUST), "stage1"),
+    "tokenizer": (partial(full_in_open, "tokenizer_config.json"), "stage1"),
+    "state.json": (partial(full_in_open, "state.json"), "stage1"),
+    "flushing": (partial(full_in_call, os, "fsync"), "results.json"),
+    "moving the end": (partial(full_in_call, os, "replace", of="adapter_model.safetensors"), "stage1"),
+}
 
 
-def test_a_place_that_cannot_be_written_is_named(run_here: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("writer", FULL)
+def test_a_full_disk_is_one_line_and_costs_nothing(short_run, whole, tmp_path, writer):
+    install, place = FULL[writer]
+    folder, checkpoint = tmp_path / "run", tmp_path / "run" / "stage1" / "step_2"
+
+    def before() -> None:
+        quickly()
+        install(due=(checkpoint / "state.json").exists)
+
+    done = run(short_run(tmp_path), tmp_path, before)
+    assert (done.code, len(done.err.splitlines())) == (1, 1), done.err
+    assert [w for w in (f"{folder / place}: ", "No space left on device", "--resume") if w not in done.err] == []
+    assert weights(checkpoint) == weights(whole.folder / "stage1" / "step_2")
+    if writer in ("metrics.jsonl", "results.json", "moving the end"):  # the kills cover the rest
+        finish(short_run(tmp_path, "--resume"), tmp_path)
+        assert_same_ending(folder, whole, writer)
+
+
+def test_a_place_that_cannot_be_written_or_is_not_there_is_named(short_run, tmp_path):
+    assert_refused(run(short_run(tmp_path, "run_name=runn", "--resume"), tmp_path), "--resume", "run_name")
+    assert not (tmp_path / "runn").exists()
     (tmp_path / "file").write_text("")
-    code, printed = run_here(out=tmp_path / "file")
-    assert code == 2
-    assert "output.dir" in printed
+    assert_refused(run(short_run(tmp_path / "file"), tmp_path), "output.dir", str(tmp_path / "file"))
+    (tmp_path / "run").write_text("")
+    done = run(short_run(tmp_path), tmp_path)
+    assert (done.code, len(done.err.splitlines())) == (1, 1)
+    assert str(tmp_path / "run") in done.err
 
 
-def test_a_run_of_before_a_key_existed_goes_on_with_its_default(make_config: Any, tmp_path: Path) -> None:
-    tree, file = make_config().model_dump(), tmp_path / "config.yaml"
-    del tree["train"]["oversample"], tree["prompts"]["examples"]
-    file.write_text(yaml.safe_dump(tree))
-    train.check_same_config(file, make_config())
-    with pytest.raises(train.UserError, match="train.oversample 1 -> 2"):
-        train.check_same_config(file, make_config({"train.oversample": 2, "train.num_generations": 2}))
+def test_skipped_steps_in_a_row_end_the_run_and_keep_the_checkpoint_before(short_run, tmp_path):
+    def add_gradients(inner: Callable, policy: Any, *rest: Any) -> Any:
+        stats = inner(policy, *rest)
+        if (tmp_path / "run" / "stage1" / "step_2").exists():
+            list(policy.trainable.values())[-1].grad.view(-1)[0] = math.inf
+        return stats
+
+    def before() -> None:
+        quickly()
+        train.MAX_SKIPPED_STEPS = 2
+        wrap(train, "add_gradients", add_gradients)
+
+    keys = ["train.stage1_steps=5", "train.stage2_steps=1", "train.checkpoint_every=1", "eval.validation=0"]
+    done, folder = run(short_run(tmp_path, *keys), tmp_path, before), tmp_path / "run"
+    assert (done.code, len(done.err.splitlines())) == (1, 1)
+    assert "train.learning_rate" in done.err
+    assert [line["skipped"] for line in lines_of(folder) if line["event"] == "train"] == [False, False, True, True]
+    rows = [row["step"] for row in lines_of(folder, "samples.jsonl") if row["event"] == "train"]
+    assert [rows.count(step) for step in (1, 2, 3, 4)] == [4, 4, 4, 4]
+    first, second, third = (folder / "stage1" / f"step_{step}" for step in (1, 2, 3))
+    assert weights(first) != weights(second) == weights(third), "a skipped step moves nothing"
+    assert list(folder.rglob("optimizer.safetensors")) == [third / "optimizer.safetensors"], "the newest alone has one"
+    finish(short_run(tmp_path, *keys, "--resume"), tmp_path)
+    assert steps_of(folder) == [*((1, step) for step in range(1, 6)), (2, 1)]
 
 
-def test_a_run_with_a_key_that_is_gone_is_refused_by_its_name(make_config: Any, tmp_path: Path) -> None:
-    tree, file = make_config().model_dump(), tmp_path / "config.yaml"
-    tree["train"]["bygone"] = 0.0
-    file.write_text(yaml.safe_dump(tree))
-    with pytest.raises(train.UserError, match="train.bygone, which is no key any more"):
-        train.check_same_config(file, make_config())
+def test_a_run_that_learns_nothing_says_so_once(tiny_run, tmp_path):
+    def before() -> None:
+        quickly()
+        train.rewards.REWARD_FNS["format_and_match"] = lambda predictions, *rest: [0.25] * len(predictions)
+
+    keys = [f"train.stage1_steps={train.SILENT_STEPS + 1}", "train.stage2_steps=0", "train.max_new_tokens_attempt1=1"]
+    done = run(tiny_run(tmp_path, *keys), tmp_path, before)
+    warned = [line for line in done.out.splitlines() if line.startswith("Warning: ")]
+    assert ["nothing was learned" in line for line in warned] == [True, False], warned
+    assert "train.max_new_tokens_attempt1" in warned[1]
+    assert "100% without signal" in done.out
+    assert {line["without_signal"] for line in lines_of(tmp_path / "run") if line["event"] == "train"} == {1.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import random
 from pathlib import Path
@@ -11,171 +12,109 @@ import build_tiny
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import reward_function
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "configs" / "tiny"
+TOKENIZER = build_tiny.build_tokenizer()
 
 problems = st.builds(lambda seed: build_tiny.draw_problem(random.Random(seed)), st.integers(0, 2**32))
 
 
-def read_rows(name: str) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (FOLDER / name).read_text().splitlines()]
-
-
-def numbers(question: str) -> tuple[int, int]:
-    a, b = question.removesuffix("=?").split("+")
-    return int(a), int(b)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(FOLDER)
-
-
-@pytest.fixture(scope="module")
-def config() -> train.Config:
-    return train.read_config(str(ROOT / "configs" / "tiny.yaml"), [])
-
-
-def test_folder_is_small() -> None:
-    assert sum(file.stat().st_size for file in FOLDER.rglob("*")) < 5_000_000
-
-
-def test_model_is_a_small_qwen3(tokenizer: Any) -> None:
-    from transformers import AutoModelForCausalLM
-
+def test_model_is_a_small_qwen3_whose_own_sampling_is_narrow() -> None:
+    """On purpose: a trainer that leaves its top_k and top_p in force samples another policy than the one it trains."""
     model = AutoModelForCausalLM.from_pretrained(FOLDER)
-    assert type(model).__name__ == "Qwen3ForCausalLM"
-    assert model.num_parameters() <= 1_100_000
-    assert model.config.vocab_size == len(tokenizer)
-    # On purpose: a trainer that leaves these in force samples another policy than the one it trains.
-    assert (model.generation_config.top_k, model.generation_config.top_p) == (20, 0.8)
-    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id]
+    assert type(model).__name__ == "Qwen3ForCausalLM" and model.num_parameters() <= 1_100_000
+    assert model.config.vocab_size == len(TOKENIZER) and sum(f.stat().st_size for f in FOLDER.iterdir()) < 5_000_000
+    own = model.generation_config
+    assert (own.top_k, own.top_p, own.eos_token_id) == (20, 0.8, [TOKENIZER.eos_token_id])
+
+
+def test_the_builder_makes_the_files_beside_the_weights(tmp_path: Path, monkeypatch: Any) -> None:
+    """Without pretraining steps, that is; with them it takes nine minutes and gives the same weights bit for bit."""
+    monkeypatch.setattr("sys.argv", ["build_tiny.py", "--out", str(tmp_path), "--steps", "0"])
+    monkeypatch.setattr(build_tiny, "report", lambda *_, **__: None)
+    build_tiny.main()
+    names = {file.name for file in FOLDER.iterdir()}
+    assert names == {file.name for file in tmp_path.iterdir()}
+    _, other, missing = filecmp.cmpfiles(FOLDER, tmp_path, names, shallow=False)
+    assert (other, missing) == (["model.safetensors"], [])
 
 
 @given(st.text(st.sampled_from(build_tiny.CHARACTERS)) | st.text("<think>/answer user assistant system"))
 def test_tokenizer_round_trips(text: str) -> None:
-    tokenizer = build_tiny.build_tokenizer()
-    ids = build_tiny.encode(tokenizer, text)
-    assert tokenizer.decode(ids) == tokenizer.decode(ids, skip_special_tokens=True) == text
+    ids = build_tiny.encode(TOKENIZER, text)
+    assert TOKENIZER.decode(ids) == TOKENIZER.decode(ids, skip_special_tokens=True) == text
 
 
-def test_saved_tokenizer_is_the_built_one(tokenizer: Any) -> None:
-    built = build_tiny.build_tokenizer()
-    assert tokenizer.get_vocab() == built.get_vocab()
-    assert tokenizer.chat_template == built.chat_template
-    text = f"<think>{build_tiny.CHARACTERS}</think> <answer> 5 , 6 </answer>é<|im_end|>"
-    assert tokenizer(text)["input_ids"] == built(text)["input_ids"]
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text.replace("é", "<unk>")
+def test_saved_tokenizer_keeps_tags_and_drops_reasoning_from_history() -> None:
+    tokenizer, pair = AutoTokenizer.from_pretrained(FOLDER), "<think>a</think><answer>5</answer>"
+    ids = tokenizer(pair + "<|im_end|>")["input_ids"]
+    assert ids == TOKENIZER(pair + "<|im_end|>")["input_ids"] and ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids, skip_special_tokens=True) == pair
+    assert tokenizer.decode(tokenizer("é")["input_ids"]) == "<unk>"
+    turns = [{"role": "user", "content": "1+2=?"}, {"role": "assistant", "content": pair}]
+    last = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert last == f"<|im_start|>user\n1+2=?<|im_end|>\n<|im_start|>assistant\n{pair}<|im_end|>\n"
+    earlier = tokenizer.apply_chat_template([*turns, turns[0]], tokenize=False, add_generation_prompt=True)
+    again = "<|im_start|>user\n1+2=?<|im_end|>\n<|im_start|>assistant\n"
+    assert earlier == last.replace("<think>a</think>", "") + again
 
 
-def test_tags_survive_decoding_and_chat_tokens_do_not(tokenizer: Any) -> None:
-    ids = tokenizer("<think>a</think><answer>5</answer><|im_end|>")["input_ids"]
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "<think>a</think><answer>5</answer>"
-    assert ids[-1] == tokenizer.eos_token_id != tokenizer.pad_token_id
-    assert len({tokenizer.convert_tokens_to_ids(tag) for tag in build_tiny.TAGS} & set(ids)) == 4
-
-
-def test_template_drops_reasoning_from_history(tokenizer: Any) -> None:
-    turns = [
-        {"role": "system", "content": "Add."},
-        {"role": "user", "content": "1+2=?"},
-        {"role": "assistant", "content": "<think>secret</think><answer>3</answer>"},
-    ]
-    show = tokenizer.apply_chat_template
-    last = show(turns, tokenize=False)
-    earlier = show([*turns, {"role": "user", "content": "Check it."}], tokenize=False, add_generation_prompt=True)
-    assert last == (
-        "<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n1+2=?<|im_end|>\n"
-        "<|im_start|>assistant\n<think>secret</think><answer>3</answer><|im_end|>\n"
-    )
-    assert earlier == last.replace("<think>secret</think>", "") + (
-        "<|im_start|>user\nCheck it.<|im_end|>\n<|im_start|>assistant\n"
-    )
-
-
-def test_data_is_right_and_held_out() -> None:
-    train_rows, test_rows = read_rows("train.jsonl"), read_rows("test.jsonl")
-    questions = [row["question"] for row in train_rows + test_rows]
-    assert len(train_rows) >= 2000 and len(test_rows) >= 200
-    assert len(set(questions)) == len(questions)
-    assert all(int(row["answer"]) == sum(numbers(row["question"])) for row in train_rows + test_rows)
-
-
-def test_data_is_what_the_builder_makes() -> None:
-    train_rows, test_rows = read_rows("train.jsonl"), read_rows("test.jsonl")
-    built = build_tiny.build_data(0, len(train_rows), len(test_rows))
-    assert build_tiny.build_data(0, len(train_rows), len(test_rows)) == built
-    assert [numbers(row["question"]) for row in train_rows] == built[0]
-    assert [numbers(row["question"]) for row in test_rows] == built[1]
-    assert build_tiny.build_data(1, len(train_rows), len(test_rows)) != built
+def test_data_is_right_held_out_and_seeded() -> None:
+    train_rows, test_rows = ([*map(json.loads, (FOLDER / f"{n}.jsonl").open())] for n in ("train", "test"))
+    sums = [tuple(map(int, row["question"].removesuffix("=?").split("+"))) for row in train_rows + test_rows]
+    assert (len(train_rows), len(test_rows), len(set(sums))) == (2560, 250, 2810)
+    assert [int(row["answer"]) for row in train_rows + test_rows] == [*map(sum, sums)]
+    assert build_tiny.build_data(0, 2560, 250) == (sums[:2560], sums[2560:]) != build_tiny.build_data(1, 2560, 250)
 
 
 @given(problems)
-def test_ways_are_right_where_they_should_be(problem: tuple[int, int]) -> None:
-    right = {w: build_tiny.is_right(build_tiny.completion(problem, w), problem) for w in ("easy", "ones", "redo")}
-    kind = build_tiny.carry_kind(problem)
-    assert right == {"easy": kind == "none", "ones": kind != "tens", "redo": True}
-    for way in right:
-        text = build_tiny.completion(problem, way)
-        assert build_tiny.way_of(text) == way
-        assert reward_function.score("format_and_match", [text], [str(sum(problem))], reward_function.identity) == [
-            1.0 if right[way] else 0.5
-        ]
+def test_ways_are_right_where_they_should_be_and_fit_their_budgets(problem: tuple[int, int]) -> None:
+    """Attempt 1 has room for the quick ways alone: `long` ends before its answer."""
+    kind, texts = build_tiny.carry_kind(problem), {}
+    for way, right in {"easy": kind == "none", "ones": kind != "tens", "long": True, "redo": True}.items():
+        text = texts[way] = build_tiny.completion(problem, way)
+        assert (build_tiny.way_of(text), build_tiny.is_right(text, problem)) == (way, right)
+        named = ["format_and_match"], None, None, [text], [str(sum(problem))], reward_function.identity
+        assert reward_function.compute_rewards(*named) == [1.0 if right else 0.5]
+    ids = {way: build_tiny.encode(TOKENIZER, text) for way, text in texts.items()}
+    assert max(len(ids["easy"]), len(ids["ones"])) < build_tiny.MAX_NEW_TOKENS_ATTEMPT1 < len(ids["long"])
+    assert "</think>" not in TOKENIZER.decode(ids["long"][: build_tiny.MAX_NEW_TOKENS_ATTEMPT1])
+    assert len(ids["redo"]) < build_tiny.MAX_NEW_TOKENS_ATTEMPT2
 
 
-def test_ways_look_as_documented() -> None:
-    shown = {way: build_tiny.completion((347, 586), way) for way in ("easy", "ones", "long", "redo")}
-    assert all(text in build_tiny.__doc__ for text in shown.values())
-    assert [text[-12:-9] for text in shown.values()] == ["823", "833", "933", "933"]
+@pytest.mark.parametrize("way, answer", [("easy", 823), ("ones", 833), ("long", 933), ("redo", 933)])
+def test_ways_look_as_documented(way: str, answer: int) -> None:
+    text = build_tiny.completion((347, 586), way)
+    assert text in build_tiny.__doc__ and f"<answer>{answer}<" in text
 
 
-@given(problems)
-def test_budgets_hold_the_quick_ways_only(problem: tuple[int, int]) -> None:
-    tokenizer = build_tiny.build_tokenizer()
-    tokens = {
-        way: len(build_tiny.encode(tokenizer, build_tiny.completion(problem, way))) + 1
-        for way in ("easy", "ones", "long", "redo")
-    }
-    assert max(tokens["easy"], tokens["ones"]) <= build_tiny.MAX_NEW_TOKENS_ATTEMPT1 < tokens["long"]
-    long = build_tiny.encode(tokenizer, build_tiny.completion(problem, "long"))
-    assert "</think>" not in tokenizer.decode(long[: build_tiny.MAX_NEW_TOKENS_ATTEMPT1])
-    assert tokens["redo"] <= build_tiny.MAX_NEW_TOKENS_ATTEMPT2
-
-
-def test_config_says_what_the_model_was_pretrained_on(config: train.Config, monkeypatch: Any) -> None:
+def test_config_says_what_the_model_was_pretrained_on(monkeypatch: Any) -> None:
     monkeypatch.chdir(ROOT)
-    assert config.prompts.self_correction == build_tiny.SELF_CORRECTION
-    assert config.prompts.system == ""
-    assert config.train.max_new_tokens_attempt1 == build_tiny.MAX_NEW_TOKENS_ATTEMPT1
-    assert config.train.max_new_tokens_attempt2 == build_tiny.MAX_NEW_TOKENS_ATTEMPT2
+    config = train.read_config("configs/tiny.yaml", [])
+    budgets = (config.train.max_new_tokens_attempt1, config.train.max_new_tokens_attempt2)
+    assert budgets == (build_tiny.MAX_NEW_TOKENS_ATTEMPT1, build_tiny.MAX_NEW_TOKENS_ATTEMPT2)
     tokenizer = train.load_tokenizer(config)
     assert train.attempt2_bridge(tokenizer, config)[0] == build_tiny.turn_ids(tokenizer)
-    train_examples, test_examples = train.load_examples(config, tokenizer)
-    assert len(train_examples) == len(read_rows("train.jsonl")) and len(test_examples) == len(read_rows("test.jsonl"))
-    for example in test_examples[:5]:
-        assert example.prompt == build_tiny.prompt_ids(tokenizer, numbers(example.question))
+    pool, _, test = train.load_examples(config, tokenizer)
+    assert (len(pool), len(test)) == (2560, 250)
+    problem = tuple(map(int, test[0].question.removesuffix("=?").split("+")))
+    assert test[0].prompt == build_tiny.prompt_ids(tokenizer, problem)
 
 
 @settings(max_examples=30)
 @given(problems, st.integers(0, 2**32), st.booleans())
 def test_pretraining_takes_loss_on_the_assistant_alone(problem: tuple[int, int], seed: int, habits: bool) -> None:
-    tokenizer = build_tiny.build_tokenizer()
-    ids, labels = build_tiny.draw_conversation(tokenizer, problem, random.Random(seed), habits)
-    assert (ids, labels) == build_tiny.draw_conversation(tokenizer, problem, random.Random(seed), habits)
+    ids, labels = build_tiny.draw_conversation(TOKENIZER, problem, random.Random(seed), habits)
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
-    prompt, turn = build_tiny.prompt_ids(tokenizer, problem), build_tiny.turn_ids(tokenizer)
-    first_and_rest = tokenizer.decode(ids[len(prompt) :])
-    first, second = first_and_rest.split(tokenizer.decode(turn))
+    prompt, between = build_tiny.prompt_ids(TOKENIZER, problem), TOKENIZER.decode(build_tiny.turn_ids(TOKENIZER))
     assert ids[: len(prompt)] == prompt and labels[: len(prompt)] == [-100] * len(prompt)
-    learned = tokenizer.decode([label for label in labels if label != -100])
-    cut_off = build_tiny.way_of(first) == "long"
-    assert learned == first + ("" if cut_off else "<|im_end|>") + second
-    assert build_tiny.way_of(second) == "redo" or second == (
-        build_tiny.completion(problem, "easy") + "<|im_end|>" if cut_off else first + "<|im_end|>"
-    )
+    first, second = TOKENIZER.decode(ids[len(prompt) :]).split(between)
+    cut_off, end = build_tiny.way_of(first) == "long", "<|im_end|>"
+    assert TOKENIZER.decode([x for x in labels if x != -100]) == first + ("" if cut_off else end) + second
+    other = build_tiny.completion(problem, "easy") if cut_off else first
+    assert build_tiny.way_of(second) == "redo" or second == other + end

@@ -1,14 +1,20 @@
-"""The made-up task's own way to read and to pay answers. A config names this file in `reward.module`."""
+"""The made-up task's own way to read, compare and pay answers. A config names this file in `reward.module`."""
 
 import re
 
-from reward_function import Extractor, is_correct, register_extractor, register_reward
+from reward_function import Extractor, is_correct, register_extractor, register_match, register_reward
 
 
 @register_extractor("last_digits")
 def last_digits(text: str) -> str:
     """The last run of digits: of an output as of a solution, "312 sorted is 123"."""
     return (re.findall(r"[0-9]+", text) or [""])[-1]
+
+
+@register_match("one_place_off")
+def one_place_off(answer: str, reference: str) -> bool:
+    """Are two answers equal but for one place? Accuracy, and which corrections mended an answer, follow this."""
+    return len(answer) == len(reference) and sum(a != b for a, b in zip(answer, reference, strict=True)) <= 1
 
 
 @register_reward("digits_in_place")
