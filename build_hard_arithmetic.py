@@ -64,8 +64,8 @@ def build(train: Any, args: argparse.Namespace) -> tuple[list, str]:
         )
     problems = make_problems(args.pool, args.operation, args.digits, args.seed)
     reader = train.answer_reader(config.reward.answer_extractor, config.reward.match)
-    if fault := train.row_fault(*problems[0], reader):  # else every answer would be a failure
-        raise train.UserError(fault.format("a problem"))
+    if fault := train.row_fault(*problems[0], reader, "a problem"):  # else every answer fails
+        raise train.UserError(fault)
     tokenizer = train.load_tokenizer(config)
     examples = train.encode_rows([(*problem, {}) for problem in problems], "pool", config, tokenizer)
     failures = find_failures(train, train.load_policy(config, tokenizer), examples, config, wanted)

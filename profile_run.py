@@ -16,20 +16,23 @@ import difflib
 import importlib.metadata
 import importlib.util
 import json
+import netrc
 import os
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from urllib.parse import urlparse
 
 import yaml
 
@@ -61,6 +64,18 @@ EVAL_LINE = (
     "Evaluated {checkpoint}: Acc@t1 {acc_attempt1:.3f}, Acc@t2 {acc_attempt2:.3f}, delta {delta:+.3f}, i->c "
     "{delta_i_to_c:.3f} (wrong->c {wrong_to_correct:.3f}), c->i {delta_c_to_i:.3f}, n {n}"
 )
+
+
+def run_line(policy: Any, config: Any, device: str, train: int, test: int, steps: dict[int, int]) -> str:
+    """What the terminal shows of a run before its first evaluation."""
+    wrapped = sum(hasattr(module, "lora_A") for module in policy.model.modules())
+    weights = sum(weight.numel() for weight in policy.trainable.values())
+    return (
+        f"{config.run_name}: {config.model.name} on {device}, LoRA on {wrapped} modules, {weights:,} trainable "
+        f"parameters; {train} train and {test} test examples, {steps[1]} + {steps[2]} steps. Figures read attempt 1 / "
+        f"attempt 2: of training they are sampled at temperature {config.train.generation_temperature:g}, of "
+        f"evaluations {decoding(config)}."
+    )
 
 
 def step_line(event: dict[str, Any], steps: int) -> str:
@@ -275,7 +290,7 @@ def model_card(config: Any, evals: list[dict[str, Any]], folder: Path) -> str:
     results = f"Evaluations on held-out rows, {decoding(config)}:\n\n{results_table(evals)}\n\n{MEANINGS}"
     last = "stage2" if train.stage2_steps or (train.stage2_steps is None and train.stage2_epochs) else "stage1"
     where = config.output.push_to_hub if folder.name == last and config.output.push_to_hub else str(folder)
-    rewards = ", ".join(f"`{name}`" for name in reward.names) + f", weighted {reward.weights}" * bool(reward.weights)
+    rewards = ", ".join(f"`{name}`" for name in reward.fn) + f", weighted {reward.weights}" * bool(reward.weights)
     system = [{"role": "system", "content": prompts.system}] if prompts.system else []
     worked = [pair for e in prompts.examples for pair in (("user", e.input), ("assistant", e.output))]
     return f"""---
@@ -327,6 +342,68 @@ second = answer(prompt + first + turn, {train.max_new_tokens_attempt2})
 print(tokenizer.decode(first), tokenizer.decode(second), sep="\\n\\n")
 ```
 """
+
+
+class Wandb:
+    """A run's page at Weights & Biases, if its config asks for one. It is online with a login and a server that answers
+    within 3 seconds, else offline.
+
+    It never prompts and never stops a run: whatever it raises is logged in a line, and it is off from there on."""
+
+    def __init__(self, config: Any, folder: Path, run_id: str | None, log: Callable[[str], None]) -> None:
+        self.config, self.folder, self.id, self.log, self.run = config, folder, run_id, log, None
+
+    def start(self) -> None:
+        mode = os.environ.get("WANDB_MODE")
+        if not self.config.wandb_project or mode == "disabled":
+            return
+        if not mode:
+            mode, url = "offline", urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+            with suppress(OSError, netrc.NetrcParseError):
+                if os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators(url.hostname):
+                    socket.create_connection((url.hostname, url.port or 443), timeout=3).close()
+                    mode = "online"
+        with self.may_fail():
+            import wandb
+
+            self.run = wandb.init(
+                project=self.config.wandb_project, name=self.config.run_name, config=self.config.model_dump(),
+                dir=str(self.folder), mode=mode, id=self.id, resume="allow",
+                settings=wandb.Settings(silent=True, console="off", init_timeout=20, x_disable_stats=True),
+            )  # fmt: skip
+            self.id = self.run.id
+            self.run.define_metric("*", step_metric="global_step")
+            if self.run.offline:
+                self.log(f"W&B is offline; later: wandb sync {self.folder / 'wandb'}/offline-run-*")
+
+    @contextmanager
+    def may_fail(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.log(f"W&B is off from here on: {(str(error).splitlines() or [type(error).__name__])[0]}")
+            self.run = None
+
+    def write(self, event: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+        """Numbers under stage1/, stage2/, eval/ or validation/ on one global step; of an evaluation also samples."""
+        if not self.run:
+            return
+        with self.may_fail():
+            import wandb
+
+            prefix = event.get("held_out", "eval") if event["event"] == "eval" else f"stage{event['stage']}"
+            numbers = {name: value for name, value in event.items() if isinstance(value, int | float)}
+            values = {f"{prefix}/{name}": value for name, value in numbers.items()}
+            if event["event"] == "eval":
+                rows = [list(row.values()) for row in samples[:100]]
+                values[f"{prefix}/samples"] = wandb.Table(columns=list(samples[0]), data=rows)
+                self.run.summary.update({f"{event['checkpoint']}/{name}": value for name, value in numbers.items()})
+            self.run.log(values | {"global_step": event["global_step"]})
+
+    def finish(self) -> None:
+        if self.run:
+            with self.may_fail():
+                self.run.finish()
 
 
 # ------------------------------------------------------------------------------------------------------ diagnostics

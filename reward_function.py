@@ -1087,6 +1087,20 @@ def trl_columns(
     return [row | {argument: row[column] for argument, column in columns.items()} for row in rows]
 
 
+def trl_arguments(turns: list, examples: list, earlier: list[list], opening: list[dict], correction: str) -> dict:
+    """What TRL gives to its reward functions by name, a list over rows each, from anything like train.py's Turn and
+    Example. `earlier`: the turns before, a list a row; `opening`: the messages that all chats begin with."""
+    chats = []
+    for row, example in enumerate(examples):
+        said = [("user", example.question)]
+        for turn in earlier[row] if earlier else ():
+            said += [("assistant", turn.text), ("user", correction)]
+        chats.append(opening + [{"role": role, "content": text} for role, text in said if text])
+    columns = {name: [example.columns.get(name) for example in examples] for name in examples[0].columns}
+    answers = [[{"role": "assistant", "content": turn.text}] for turn in turns]
+    return columns | {"prompts": chats, "completions": answers, "completion_ids": [turn.completion for turn in turns]}
+
+
 def _parameters(fn: Callable) -> list[inspect.Parameter]:
     """The arguments that a function takes by name, and **any; [] where a builtin does not say."""
     with suppress(ValueError, TypeError):

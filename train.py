@@ -31,7 +31,6 @@ The file reads in the order in which a run meets it; the samplers, which know a 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
@@ -43,6 +42,7 @@ import shlex
 import signal
 import sys
 import time
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
@@ -51,15 +51,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
+import pydantic
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 import reward_function as rewards
 from reward_function import ANSWER_EXTRACTORS, MATCH_FNS, RewardError, answer_reader, did_you_mean
 
+
 # ---------------------------------------------------------------------------------------------------- configuration
-
-
 def read_number(value: Any) -> Any:
     """YAML 1.1 reads 1e-5 (no dot) as text; a number written so is still a number."""
     if isinstance(value, str):
@@ -68,18 +68,21 @@ def read_number(value: Any) -> Any:
     return value
 
 
-def expand_home(value: Any) -> Any:
-    return os.path.expanduser(value) if isinstance(value, str) else value
-
-
 Real = Annotated[float, BeforeValidator(read_number), Field(allow_inf_nan=False)]
-PathText = Annotated[str, BeforeValidator(expand_home), Field(min_length=1)]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+Names = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1)]
 Projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def key(default: Any, meaning: str, **bounds: Any) -> Any:
     """A config key: its default, its meaning for --help, its bounds."""
     return Field(default, description=meaning, **bounds)
+
+
+def refuse(faults: dict[str, Any], error: type[Exception] = ValueError) -> None:
+    """Raises one error for the faults that are there, a line each. A line begins with the key or flag to change."""
+    if lines := [line for line, there in faults.items() if there]:
+        raise error("\n".join(lines))
 
 
 class Section(BaseModel):
@@ -136,47 +139,29 @@ class PromptsConfig(Section):
 
 class RewardConfig(Section):
     module: PathText | None = key(None, "a Python file that registers your own rewards, extractors and matches")
-    fn: str | list[str] = key("format_and_match", "registered, a function of `module`, or TRL's; a list is summed")
+    fn: Names = key(["format_and_match"], "registered, a function of `module`, or TRL's; a list is summed")
     weights: list[Real] | None = key(None, "a weight for each function of a list; null: 1.0 each")
     columns: dict[str, str] = key({}, "dataset columns by other names for rewards in TRL's form")
     answer_extractor: str = key("identity", "how an answer is read from an output and from a reference")
     match: str = key("equal", "when two answers are the same")
 
-    @property
-    def names(self) -> list[str]:
-        return [self.fn] if isinstance(self.fn, str) else self.fn
-
-    @field_validator("module")
+    @pydantic.field_validator("module", "fn", "answer_extractor", "match")
     @classmethod
-    def is_loaded(cls, file: str | None) -> str | None:
-        if file:
-            rewards.load_reward_module(file)
-        return file
-
-    @field_validator("fn", mode="before")
-    @classmethod
-    def can_be_found(cls, fn: Any, found: Any) -> Any:
-        names = fn if isinstance(fn, list) else [fn]
-        if not names or not all(isinstance(name, str) for name in names):
-            raise ValueError("must be the name of a reward function, or a list of names")
-        for name in names if "module" in found.data else ():  # without its module a name cannot be judged
-            if fault := rewards.reward_fault(name, found.data["module"]):
-                raise ValueError(f"{name!r} {fault}")
-        return fn
-
-    @field_validator("answer_extractor", "match")
-    @classmethod
-    def is_registered(cls, name: str, found: Any) -> str:
+    def is_there(cls, value: Any, found: Any) -> Any:
+        """Runs the module. Its functions can be named by the other keys, so if it fails they are not judged."""
+        if found.field_name == "module" and value:
+            rewards.load_reward_module(value)
+        if "module" not in found.data:
+            return value
+        if found.field_name == "fn":
+            for name in value:
+                if fault := rewards.reward_fault(name, found.data["module"]):
+                    raise ValueError(f"{name!r} {fault}")
+            return value
         known = ANSWER_EXTRACTORS if found.field_name == "answer_extractor" else MATCH_FNS
-        if name not in known and "module" in found.data:
-            raise ValueError(f"is not registered; registered are {', '.join(sorted(known))}{did_you_mean(name, known)}")
-        return name
-
-    @model_validator(mode="after")
-    def has_a_weight_each(self) -> RewardConfig:
-        if self.weights is not None and len(self.weights) != len(self.names):
-            raise ValueError(f"weights: must be as many as the functions in reward.fn, {len(self.names)}")
-        return self
+        if value not in known:
+            raise ValueError(f"is not registered; known are {', '.join(sorted(known))}{did_you_mean(value, known)}")
+        return value
 
 
 class TrainConfig(Section):
@@ -207,24 +192,22 @@ class TrainConfig(Section):
     seed: int = key(42, "decides LoRA's start, the order of the data and every sample", ge=0, lt=2**32)
     checkpoint_every: int | None = key(None, "steps between checkpoints (stage1/step_N); null: stage ends only", ge=1)
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def fits_together(self) -> TrainConfig:
         """Faults between keys. Each line begins with the key to change."""
-        faults, needed = [], self.max_prompt_length_attempt1 + self.max_new_tokens_attempt1 + 1
-        if self.max_prompt_length_attempt2 is not None and self.max_prompt_length_attempt2 < needed:
-            faults.append(
-                f"max_prompt_length_attempt2: needs {needed} or more for prompt, attempt 1, instruction; omit it"
-            )
-        if self.num_generations % self.stage1_corrections:
-            faults.append(f"stage1_corrections: must divide train.num_generations, which is {self.num_generations}")
-        firsts = {1: self.num_generations // self.stage1_corrections, 2: self.num_generations}
-        for stage, rollouts in firsts.items():
-            if self.baseline != "none" and rollouts * getattr(self, f"stage{stage}_batch_size") == 1:
-                faults.append(f"stage{stage}_batch_size: the baseline needs 2 first attempts a step or more; raise it")
-        if self.oversample > 1 and (self.baseline == "none" or self.num_generations == 1):
-            faults.append("oversample: needs rollouts to compare; raise num_generations, keep baseline leave_one_out")
-        if faults:
-            raise ValueError("\n".join(faults))
+        need, rollouts = self.max_prompt_length_attempt1 + self.max_new_tokens_attempt1 + 1, self.num_generations
+        prompt2, compared = self.max_prompt_length_attempt2 or need, self.baseline != "none"
+        few = "the baseline compares first attempts, of which a step needs 2 or more; raise it"
+        faults = {
+            f"max_prompt_length_attempt2: needs {need} or more for prompt, attempt 1, instruction; omit it": prompt2
+            < need,
+            f"stage1_corrections: must divide train.num_generations, {rollouts}": rollouts % self.stage1_corrections,
+            f"stage1_batch_size: {few}": compared and self.stage1_batch_size * rollouts == self.stage1_corrections,
+            f"stage2_batch_size: {few}": compared and self.stage2_batch_size * rollouts == 1,
+            "oversample: needs num_generations above 1 and a baseline": self.oversample > 1
+            and not (compared and rollouts > 1),
+        }
+        refuse(faults)
         return self
 
 
@@ -252,15 +235,19 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     output: OutputConfig = OutputConfig()
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def fits_together(self) -> Config:
-        train = self.train
+        train, dataset, reward = self.train, self.dataset, self.reward
         prompt2 = train.max_prompt_length_attempt1 + train.max_new_tokens_attempt1 + 1
         need = (train.max_prompt_length_attempt2 or prompt2) + train.max_new_tokens_attempt2
-        if (self.model.max_seq_length or math.inf) < need:
-            raise ValueError(f"model.max_seq_length: a conversation can take {need} tokens; leave it out")
-        if self.dataset.split and self.dataset.test_split_size is None:
-            raise ValueError("dataset.test_split_size: required with dataset.split: how many rows to hold out for test")
+        given, weights, functions = self.model.max_seq_length or need, reward.weights, len(reward.fn)
+        faults = {
+            f"model.max_seq_length: a conversation can take {need} tokens; leave it out": given < need,
+            "dataset.test_split_size: required with dataset.split": dataset.split and dataset.test_split_size is None,
+            f"reward.weights: needs {functions}, one a function of reward.fn": weights is not None
+            and len(weights) != functions,
+        }
+        refuse(faults)
         return self
 
 
@@ -275,8 +262,6 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str,
 
 
 # ----------------------------------------------------------------------------------------------------- command line
-
-
 class UserError(Exception):
     """Bad user input. The message names the setting and the fix. Exit code 2."""
 
@@ -289,13 +274,16 @@ class Interrupted(Exception):
     """A signal asked the run to stop. Everything that is finished has been saved."""
 
 
-def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
+def first_line(error: BaseException) -> str:
+    text = str(getattr(error, "strerror", None) or error).strip()  # the system's errors repeat the path
+    line = (text.splitlines() or [type(error).__name__])[0].rstrip()
+    return line[:300] + "; model.trust_remote_code: true would run it" * ("trust_remote_code" in str(error))
+
+
+def parse_command_line(argv: list[str] | None = None) -> tuple[Namespace, Config]:
     """Reads flags and config. Raises UserError."""
-    parser = argparse.ArgumentParser(
-        description="SCoRe: two-stage RL for self-correction on one GPU.",
-        epilog=describe_keys(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    about = {"description": "SCoRe: two-stage RL for self-correction on one GPU.", "epilog": describe_keys()}
+    parser = ArgumentParser(**about, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.SUB=VALUE", help="override keys")
     parser.add_argument("--smoke", type=int, metavar="N", help="a quick check of every path on N examples")
@@ -308,11 +296,19 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespac
     parser.error = refuse_flags  # argparse's own prints the usage too
     args = parser.parse_args(argv)
     config = read_config(args.config, args.set)
-    check_flags(args)
-    if args.smoke is not None:
+    stage2, adapter, few = args.start_stage == 2, args.resume_adapter, args.smoke is not None and args.smoke < 4
+    clash = [flag for flag in ("eval_only", "overwrite", "resume_adapter") if args.resume and getattr(args, flag)]
+    faults = {
+        "--start-stage 2: needs --resume-adapter DIR, or --resume": stage2 and not (adapter or args.resume),
+        "--resume-adapter: goes with --start-stage 2 or --eval-only": adapter and not (stage2 or args.eval_only),
+        f"--resume: goes on with the run as it is, without --{' --'.join(clash).replace('_', '-')}": clash,
+        f"--smoke {args.smoke}: needs 4 examples or more, for two steps of two": few,
+    }
+    refuse(faults, UserError)
+    if args.smoke:
         shrink_for_smoke(config, args.smoke)
-    if args.resume_adapter:
-        args.resume_adapter = os.path.expanduser(args.resume_adapter)
+    if adapter:
+        args.resume_adapter = os.path.expanduser(adapter)
         check_adapter(Path(args.resume_adapter), config)
     return args, config
 
@@ -327,22 +323,8 @@ def describe_keys() -> str:
     for name, info in known_keys().items():
         if info.description:
             default = "required" if info.is_required() else json.dumps(info.default)
-            default = default if len(default) < 40 else "see train.py"
-            lines.append(f"  {name}\n      {default}: {info.description}")
+            lines.append(f"  {name}\n      {default if len(default) < 40 else 'see train.py'}: {info.description}")
     return "\n".join(lines)
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Refuses flags that contradict one another. Raises UserError."""
-    if args.start_stage == 2 and not (args.resume_adapter or args.resume):
-        raise UserError("--start-stage 2: needs --resume-adapter DIR, the Stage I adapter to start from")
-    if args.resume_adapter and not (args.start_stage == 2 or args.eval_only):
-        raise UserError("--resume-adapter: goes with --start-stage 2 or --eval-only; --resume continues a run")
-    for flag, other in (("resume", "eval_only"), ("resume", "overwrite"), ("resume", "resume_adapter")):
-        if getattr(args, flag) and getattr(args, other):
-            raise UserError(f"--{flag}: goes on with this run as it is; leave out --{other.replace('_', '-')}")
-    if args.smoke is not None and args.smoke < 4:
-        raise UserError(f"--smoke {args.smoke}: needs at least 4 examples, for two steps of two")
 
 
 class UniqueKeys(yaml.SafeLoader):
@@ -362,7 +344,7 @@ def read_config(path: str, overrides: list[str] = ()) -> Config:
     try:
         tree = yaml.load(Path(path).read_text(encoding="utf-8-sig"), UniqueKeys)  # noqa: S506
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        raise UserError(f"--config {path}: cannot be read: {first_line(error)}") from None
     except Exception as error:  # yaml has more than its own: 2025-13-13 is a ValueError, !!bool maybe a KeyError
         raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(tree, dict):
@@ -376,18 +358,17 @@ def read_config(path: str, overrides: list[str] = ()) -> Config:
 def set_key(tree: dict[str, Any], override: str) -> None:
     """Applies one `key.sub=value`. Raises UserError."""
     name, equals, text = override.partition("=")
-    if not equals or not all(name.split(".")):
-        raise UserError(f"--set {override!r}: must read key.sub=value")
+    *parents, last = name.split(".")
     try:
         value = yaml.load(text, UniqueKeys)  # noqa: S506
-    except Exception:
-        raise UserError(f"--set {override!r}: the value is not valid YAML") from None
-    *parents, last = name.split(".")
-    for part in parents:
-        tree = tree.setdefault(part, {}) if isinstance(tree, dict) else None
-    if not isinstance(tree, dict):
-        raise UserError(f"--set {override!r}: {'.'.join(parents)!r} is not a section")
-    tree[last] = value
+        for part in parents:
+            tree = tree.setdefault(part, {})
+        tree[last] = value
+        sound = equals and all([*parents, last])
+    except Exception:  # whatever YAML raises, or a key that is no section
+        sound = False
+    if not sound:
+        raise UserError(f"--set {override!r}: must read key.sub=value, with a section's key and a value in YAML")
 
 
 def check_config(tree: dict[str, Any]) -> Config:
@@ -404,24 +385,20 @@ def fault_lines(fault: dict[str, Any]) -> list[str]:
     """The key, the bad value, what would be right; one line a fault."""
     name = ".".join(str(part) if str(part).isprintable() else repr(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        return [f"{name}: unknown key{better_key(name)}"]
+        section, _, last = name.rpartition(".")
+        homes = [known for known in known_keys() if known.split(".")[-1] == last]
+        siblings = [known for known in known_keys() if known.rpartition(".")[0] == section]
+        meant = f"; it belongs to {homes[0]}" if homes else did_you_mean(name, siblings or known_keys())
+        return [f"{name}: unknown key{meant}"]
     if fault["type"] == "missing":
         return [f"{name}: required, and not given"]
     message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "value_error" and (not name or name in Config.model_fields and "." not in name):
-        return [f"{name}.{line}" if name else line for line in message.split("\n")]  # between keys: `fits_together`
+    if fault["type"] == "value_error" and name in ("", "train"):  # between keys: `fits_together`
+        return [f"{name}.{line}" if name else line for line in message.split("\n")]
     value = f" (got {reprlib.repr(fault['input'])})" if not isinstance(fault["input"], dict) else ""
     choices = (fault.get("ctx") or {}).get("expected", "").split("'")[1::2]
     close = did_you_mean(reprlib.repr(fault["input"]).strip("'"), choices)
     return [f"{name}: {message[0].lower() + message[1:]}{value}{close}"]
-
-
-def better_key(name: str) -> str:
-    """What an unknown key may have meant."""
-    section, _, last = name.rpartition(".")
-    homes = [known for known in known_keys() if known.split(".")[-1] == last]
-    siblings = [known for known in known_keys() if known.rpartition(".")[0] == section]
-    return f"; it belongs to {homes[0]}" if homes else did_you_mean(name, siblings or known_keys())
 
 
 def shrink_for_smoke(config: Config, examples: int) -> None:
@@ -434,8 +411,8 @@ def shrink_for_smoke(config: Config, examples: int) -> None:
     for stage in (1, 2):
         batch = min(getattr(train, f"stage{stage}_batch_size"), max(2, examples // 2 // train.oversample))
         setattr(train, f"stage{stage}_batch_size", batch)
-        if stage_is_on(train, stage):
-            setattr(train, f"stage{stage}_steps", 2)
+        steps, epochs = getattr(train, f"stage{stage}_steps"), getattr(train, f"stage{stage}_epochs")
+        setattr(train, f"stage{stage}_steps", 2 if (epochs if steps is None else steps) else 0)
         budget = f"max_new_tokens_attempt{stage}"
         setattr(train, budget, min(64, getattr(train, budget)))
     train.checkpoint_every = 1
@@ -443,33 +420,26 @@ def shrink_for_smoke(config: Config, examples: int) -> None:
     config.eval.validation = min(examples, config.eval.validation)
 
 
-def stage_is_on(train: TrainConfig, stage: int) -> bool:
-    steps, epochs = getattr(train, f"stage{stage}_steps"), getattr(train, f"stage{stage}_epochs")
-    return epochs > 0 if steps is None else steps > 0
-
-
 def check_adapter(folder: Path, config: Config) -> None:
     """Refuses, before any model is loaded, an adapter that does not fit the config. Raises UserError."""
     try:
         saved = dict(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
-    except OSError:
-        raise UserError(f"--resume-adapter {folder}: no adapter there; give one such as outputs/NAME/stage1") from None
-    except (ValueError, TypeError):
-        raise UserError(f"--resume-adapter {folder}: adapter_config.json is not valid JSON") from None
+    except (OSError, ValueError, TypeError):
+        raise UserError(
+            f"--resume-adapter {folder}: no sound adapter there; give one such as outputs/NAME/stage1"
+        ) from None
     base, wanted, lora = str(saved.get("base_model_name_or_path")), config.model.name, config.model.lora
     if Path(base).exists() and Path(wanted).exists() and Path(base).samefile(wanted):
         base = wanted
-    for name, theirs, ours in (
-        ("name", base, wanted),
-        ("lora.r", saved.get("r"), lora.r),
-        ("lora.alpha", saved.get("lora_alpha"), lora.alpha),
-        ("lora.target_modules", sorted(saved.get("target_modules") or []), sorted(set(lora.target_modules))),
-    ):
+    fits = {
+        "model.name": (base, wanted),
+        "model.lora.r": (saved.get("r"), lora.r),
+        "model.lora.alpha": (saved.get("lora_alpha"), lora.alpha),
+        "model.lora.target_modules": (sorted(saved.get("target_modules") or []), sorted(set(lora.target_modules))),
+    } | {name: (saved.get(name) or None, None) for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")}
+    for name, (theirs, ours) in fits.items():
         if theirs != ours:
-            raise UserError(f"--resume-adapter {folder}: trained with model.{name} {theirs}, the config says {ours}")
-    for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
-        if saved.get(name):
-            raise UserError(f"--resume-adapter {folder}: trained with {name}, which this trainer does not do")
+            raise UserError(f"--resume-adapter {folder}: trained with {name} {theirs}, and here it is {ours}")
 
 
 if __name__ == "__main__":  # here, so that a mistyped key costs a second, not the minute that the imports may take
@@ -481,13 +451,11 @@ if __name__ == "__main__":  # here, so that a mistyped key costs a second, not t
 
 
 # ---------------------------------------------------------------------------- slow imports, the device
-
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 
 import io
 import logging
-import netrc
 import shutil
 import socket
 from datetime import date, datetime
@@ -497,7 +465,9 @@ logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)  # of 4-b
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.optim import AdamW, Optimizer
 
 # Unsloth runs on these accelerators and must be imported before transformers and peft. Elsewhere the same code runs on
 # transformers + PEFT: load_policy decides, nothing after it asks.
@@ -529,7 +499,6 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 datasets.disable_progress_bars()
 datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs an error before raising it
-
 QUIET = False  # --quiet
 
 
@@ -543,54 +512,39 @@ def log(message: str, always: bool = False) -> None:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def first_line(error: BaseException) -> str:
-    text = str(getattr(error, "strerror", None) or error).strip()  # the system's errors repeat the path
-    line = (text.splitlines() or [type(error).__name__])[0].rstrip()
-    return line[:300] + "; model.trust_remote_code: true would run it" * ("trust_remote_code" in str(error))
-
-
 # ---------------------------------------------------------------------------------------------------------- the run
-
-
-def train_and_evaluate(args: argparse.Namespace, config: Config) -> Run:
+def train_and_evaluate(args: Namespace, config: Config) -> Run:
     """The whole run: evaluate, Stage I, evaluate, Stage II, evaluate. Raises UserError, RunError, Interrupted."""
     with claim_folder(args, config):
         tokenizer = load_tokenizer(config)
         bridge, _ = attempt2_bridge(tokenizer, config)
-        train, validation, test = load_examples(config, tokenizer, args.smoke)
+        data = train, _, test = load_examples(config, tokenizer, args.smoke)
         steps = {stage: 0 if args.eval_only else len(stage_batches(stage, len(train), config)) for stage in (1, 2)}
-        marks = fingerprints(train, validation, test, bridge, config)
+        marks = fingerprints(data, bridge, config)
         checkpoint = find_start(args, config, marks)
         adapter = Path(args.resume_adapter) if args.resume_adapter else checkpoint
         adapter = adapter if adapter and (adapter / "adapter_config.json").exists() else None
-        for name in ("adapter_model", "optimizer") if adapter else ():  # before the minute that the model may take
-            if name == "adapter_model" or (adapter / f"{name}.safetensors").exists():
-                read_weights(adapter / f"{name}.safetensors")
+        for file in adapter.glob("*.safetensors") if adapter else ():
+            read_weights(file)  # before the minute that the model may take
         policy = load_policy(config, tokenizer, adapter)
         run = open_run(args, config, checkpoint, marks, policy)
-        log(describe_run(policy, config, len(train), len(test), steps))
+        log(reports.run_line(policy, config, DEVICE.type, len(train), len(test), steps))
         if args.eval_only:
             evaluate_only(run, policy, test, adapter)
         else:
-            run_stages(run, policy, train, validation, test, steps)
+            run_stages(run, policy, data, steps)
         finish_run(run, policy)
     return run
 
 
-def run_stages(
-    run: Run,
-    policy: Policy,
-    train: list[Example],
-    validation: list[Example],
-    test: list[Example],
-    steps: dict[int, int],
-) -> None:
+def run_stages(run: Run, policy: Policy, data: Splits, steps: dict[int, int]) -> None:
     """Both stages from where the run stands, and the evaluations between them."""
+    train, validation, test = data
 
     def validate(stage: int, step: int) -> None:
         if validation:
-            label, at = f"stage{stage}/step_{step}", steps[1] * (stage - 1) + step
-            run.evaluate(policy, validation, label, at, held_out="validation")
+            at = steps[1] * (stage - 1) + step
+            run.evaluate(policy, validation, f"stage{stage}/step_{step}", at, held_out="validation")
 
     start_stage, done = checkpoint_place(run.checkpoint)
     with reference(policy):  # an adapter to start from is not the pretrained model
@@ -619,20 +573,7 @@ def evaluate_only(run: Run, policy: Policy, test: list[Example], adapter: Path |
         run.evaluate(policy, test, label, 0, again=True, adapter=str(adapter) if adapter else None)
 
 
-def describe_run(policy: Policy, config: Config, train: int, test: int, steps: dict[int, int]) -> str:
-    wrapped = sum(hasattr(module, "lora_A") for module in policy.model.modules())
-    weights = sum(weight.numel() for weight in policy.trainable.values())
-    heat = config.train.generation_temperature
-    return (
-        f"{config.run_name}: {config.model.name} on {DEVICE.type}, LoRA on {wrapped} modules, {weights:,} trainable "
-        f"parameters; {train} train and {test} test examples, {steps[1]} + {steps[2]} steps. Figures read attempt 1 / "
-        f"attempt 2: of training they are sampled at temperature {heat:g}, of evaluations {reports.decoding(config)}."
-    )
-
-
 # ------------------------------------------------------------------------------------------------------------- data
-
-
 @dataclass
 class Example:
     """One problem: its text, its reference answer, and the token ids of the attempt-1 prompt."""
@@ -641,6 +582,10 @@ class Example:
     target: str
     prompt: list[int]
     columns: dict[str, Any] = field(default_factory=dict)  # what rewards in TRL's form get by name
+
+
+Splits = tuple[list[Example], list[Example], list[Example]]  # train, validation, test
+Conversations = list[list["Turn"]]  # a conversation is the list of its turns
 
 
 def load_tokenizer(config: Config) -> Any:
@@ -669,10 +614,12 @@ def load_tokenizer(config: Config) -> Any:
     return tokenizer
 
 
-def example_turns(prompts: PromptsConfig) -> list[dict[str, str]]:
-    """The worked examples as turns of the chat."""
-    turns = [(("user", example.input), ("assistant", example.output)) for example in prompts.examples]
-    return [{"role": role, "content": text} for pair in turns for role, text in pair]
+def opening_turns(config: Config) -> list[dict[str, str]]:
+    """The system prompt and the worked examples as turns of the chat."""
+    turns = [("system", config.prompts.system)] if config.prompts.system else []
+    for example in config.prompts.examples:
+        turns += [("user", example.input), ("assistant", example.output)]
+    return [{"role": role, "content": text} for role, text in turns]
 
 
 def chat_text(tokenizer: Any, config: Config, turns: list[dict[str, str]]) -> str:
@@ -680,24 +627,20 @@ def chat_text(tokenizer: Any, config: Config, turns: list[dict[str, str]]) -> st
 
     The examples stand there verbatim, also where the template cuts the reasoning out of earlier turns: the template
     renders a marker in the place of each of their texts. Raises UserError for a part that it does not render."""
-    prompts, name = config.prompts, config.model.name
-    system = [{"role": "system", "content": prompts.system}] if prompts.system else []
-    worked = example_turns(prompts)
+    system, name, opening = config.prompts.system, config.model.name, opening_turns(config)
+    worked = opening[1:] if system else opening
     texts = {f"WORKEDEXAMPLETURN{number}STANDSHERE": turn["content"] for number, turn in enumerate(worked)}
     marked = [turn | {"content": marker} for turn, marker in zip(worked, texts, strict=True)]
+    how, more = {"tokenize": False, "add_generation_prompt": True}, config.model.chat_template_kwargs
     try:
-        text = tokenizer.apply_chat_template(
-            system + marked + turns, tokenize=False, add_generation_prompt=True, **config.model.chat_template_kwargs
-        )
+        text = tokenizer.apply_chat_template(opening[: bool(system)] + marked + turns, **how, **more)
     except Exception as error:  # templates raise what they like
         at_fault = "prompts.system" if system and "system" in str(error).lower() else "model.chat_template"
         raise UserError(f"{at_fault}: the chat template of {name} refuses it: {first_line(error)}") from None
-    if prompts.system.strip() not in text:
+    if system.strip() not in text:
         raise UserError(f"prompts.system: the chat template of {name} does not render it; put it into the problems")
     if any(text.count(marker) != 1 for marker in texts):
-        raise UserError(
-            f"prompts.examples: the chat template of {name} does not render them; put them into prompts.system"
-        )
+        raise UserError(f"prompts.examples: the chat template of {name} does not render them; use prompts.system")
     return re.sub("|".join(texts), lambda marker: texts[marker[0]], text) if texts else text
 
 
@@ -708,49 +651,39 @@ def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
     template instead would cut the reasoning out of attempt 1 where the template strips <think> from history (Qwen3),
     and would tokenise anew what the policy sampled. So the template renders a marker, and what follows it is the
     bridge. Fills in the budgets that the config leaves open. Raises UserError."""
-    marker, train = "FIRSTATTEMPTSTANDSHERE", config.train
-    turns = [
-        {"role": "user", "content": "?"},
-        {"role": "assistant", "content": marker},
-        {"role": "user", "content": config.prompts.self_correction},
-    ]
-    text = chat_text(tokenizer, config, turns)
+    marker, correction, train = "FIRSTATTEMPTSTANDSHERE", config.prompts.self_correction, config.train
+    turns = [("user", "?"), ("assistant", marker), ("user", correction)]
+    text = chat_text(tokenizer, config, [{"role": role, "content": content} for role, content in turns])
+    _, _, tail = text.partition(marker)
     if text.count(marker) != 1:
         raise UserError("model.chat_template: does not render an earlier assistant turn exactly once")
-    tail = text[text.index(marker) + len(marker) :]
-    if config.prompts.self_correction.strip() not in tail:
+    if correction.strip() not in tail:
         raise UserError("model.chat_template: does not render the user's second turn (prompts.self_correction)")
     bridge = tokenizer(tail, add_special_tokens=False)["input_ids"]
     need = train.max_prompt_length_attempt1 + train.max_new_tokens_attempt1 + len(bridge)
-    if (train.max_prompt_length_attempt2 or math.inf) < need:
-        raise UserError(f"train.max_prompt_length_attempt2: must be {need} or more to hold attempt 1; leave it out")
-    train.max_prompt_length_attempt2 = train.max_prompt_length_attempt2 or need
-    longest = train.max_prompt_length_attempt2 + train.max_new_tokens_attempt2
-    if (config.model.max_seq_length or math.inf) < longest:
-        raise UserError(f"model.max_seq_length: a conversation can take {longest} tokens; leave it out")
-    config.model.max_seq_length = config.model.max_seq_length or longest
+    train.max_prompt_length_attempt2 = given = train.max_prompt_length_attempt2 or need
+    longest = given + train.max_new_tokens_attempt2
+    config.model.max_seq_length = whole = config.model.max_seq_length or longest
+    faults = {
+        f"train.max_prompt_length_attempt2: needs {need} or more to hold attempt 1; leave it out": given < need,
+        f"model.max_seq_length: a conversation can take {longest} tokens; leave it out": whole < longest,
+    }
+    refuse(faults, UserError)
     return bridge, "<think>" if tail.rstrip().endswith("<think>") else ""
 
 
-def load_examples(
-    config: Config, tokenizer: Any, smoke: int | None = None
-) -> tuple[list[Example], list[Example], list[Example]]:
+def load_examples(config: Config, tokenizer: Any, smoke: int | None = None) -> Splits:
     """Train, validation and test examples. A test row is never trained on, nor is a validation row. Raises UserError.
 
     Which rows are held out depends on the rows alone, not on the seed or their order."""
-    wanted = config.dataset
-    splits = load_splits(wanted)
-    if wanted.split:
-        if wanted.split not in splits:
-            raise UserError(f"dataset.split: {wanted.name} has no split {wanted.split!r}; it has {', '.join(splits)}")
-        rows = read_rows(splits[wanted.split], wanted.split, config)
-        train, test = hold_out(rows, wanted.test_split_size, "dataset.test_split_size")
-    else:
-        for split in ("train", "test"):
-            if split not in splits:
-                there = f"it has {', '.join(splits)}; set dataset.split to one and dataset.test_split_size"
-                raise UserError(f"dataset.name: {wanted.name} has no {split} split; {there}")
-        train, test = read_rows(splits["train"], "train", config), read_rows(splits["test"], "test", config)
+    wanted, splits = config.dataset, load_splits(config.dataset)
+    names, setting = ([wanted.split], "dataset.split") if wanted.split else (["train", "test"], "dataset.name")
+    for name in names:
+        if name not in splits:
+            way = "" if wanted.split else "; set dataset.split to one and dataset.test_split_size"
+            raise UserError(f"{setting}: {wanted.name} has no split {name}; it has {', '.join(splits)}{way}")
+    rows = [read_rows(splits[name], name, config) for name in names]
+    train, test = hold_out(*rows, wanted.test_split_size, "dataset.test_split_size") if wanted.split else rows
     asked = {plain(row[0]) for row in test}
     kept = [row for row in train if plain(row[0]) not in asked]
     if len(kept) < len(train):
@@ -758,9 +691,8 @@ def load_examples(
     if not kept:
         raise UserError(f"dataset.name: every train row of {wanted.name} is also a test row; nothing is left to learn")
     train, validation = hold_out(kept, config.eval.validation, "eval.validation")
-    test = test[: wanted.test_split_size]
-    train, test = encode_rows(train, "train", config, tokenizer), encode_rows(test, "test", config, tokenizer)
-    validation = encode_rows(validation, "validation", config, tokenizer) if validation else []
+    parts = {"train": train, "validation": validation, "test": test[: wanted.test_split_size]}
+    train, validation, test = (encode_rows(rows, name, config, tokenizer) for name, rows in parts.items())
     return train[:smoke], validation, test[: config.eval.max_examples]
 
 
@@ -773,12 +705,10 @@ def hold_out(rows: list[tuple], count: int, name: str) -> tuple[list[tuple], lis
     """The rows to keep and `count` others, chosen by the hash of the question, so that a question is on one side."""
     by_hash = sorted(rows, key=lambda row: hashlib.sha256(plain(row[0]).encode(errors="replace")).digest())
     asked = {plain(row[0]) for row in by_hash[:count]}
-    sides = [], []
-    for row in rows:
-        sides[plain(row[0]) in asked].append(row)
-    if not sides[0]:
+    kept, held_out = ([row for row in rows if (plain(row[0]) in asked) is out] for out in (False, True))
+    if not kept:
         raise UserError(f"{name}: {count} leaves nothing of {len(rows)} rows to train on; lower it")
-    return sides
+    return kept, held_out
 
 
 def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
@@ -825,17 +755,16 @@ def split_files(folder: Path, readers: dict[str, str]) -> dict[str, tuple[str, l
 def read_rows(rows: Any, split: str, config: Config) -> list[tuple[str, str, dict[str, Any]]]:
     """(question, target, columns for rewards) of each row. Faulty rows are left out with a count. Raises UserError."""
     wanted, reward = config.dataset, config.reward
-    for name in ("input_field", "target_field"):
-        column = getattr(wanted, name)
+    for setting, column in (("input_field", wanted.input_field), ("target_field", wanted.target_field)):
         if column not in rows.column_names:
-            close = did_you_mean(column, rows.column_names)
-            there = f"{wanted.name} ({split}); it has {', '.join(rows.column_names)}{close}"
-            raise UserError(f"dataset.{name}: no column {column!r} in {there}")
+            there = f"it has {', '.join(rows.column_names)}{did_you_mean(column, rows.column_names)}"
+            raise UserError(f"dataset.{setting}: no column {column!r} in {wanted.name} ({split}); {there}")
     extract, kept, faults = answer_reader(reward.answer_extractor, reward.match), {}, []
     for number, (question, target) in enumerate(zip(rows[wanted.input_field], rows[wanted.target_field], strict=True)):
-        target = as_text(target, f"row {number} of {split} in {wanted.name}")
-        if fault := row_fault(question, target, extract):
-            faults.append(fault.format(f"row {number} of {split} in {wanted.name}"))
+        row = f"row {number} of {split} in {wanted.name}"
+        target = as_text(target, row)
+        if fault := row_fault(question, target, extract, row):
+            faults.append(fault)
         else:
             kept[number] = (question, target)
     if 2 * len(faults) > len(rows):
@@ -844,11 +773,10 @@ def read_rows(rows: Any, split: str, config: Config) -> list[tuple[str, str, dic
         log(f"Warning: {len(faults)} of {len(rows)} {split} rows are faulty and left out; the first: {faults[0]}.")
     if not kept:
         raise UserError(f"dataset.name: {wanted.name} has no {split} rows")
-    if not rewards.trl_names(reward.names):
-        return [(*pair, {}) for pair in kept.values()]
-    targets, chosen = [target for _, target in kept.values()], list(rows.select(kept))
+    targets = [target for _, target in kept.values()]
+    chosen = list(rows.select(kept)) if rewards.trl_names(reward.fn) else [{}] * len(kept)
     try:
-        columns = rewards.trl_columns(chosen, targets, reward.names, reward.module, reward.columns, extract)
+        columns = rewards.trl_columns(chosen, targets, reward.fn, reward.module, reward.columns, extract)
     except ValueError as error:
         raise UserError(str(error)) from None
     return [(*pair, named) for pair, named in zip(kept.values(), columns, strict=True)]
@@ -860,60 +788,47 @@ def as_text(target: Any, row: str) -> Any:
         raise UserError(f"dataset.target_field: {row} is a number too large to be read exactly; write it as text")
     if isinstance(target, datetime | date):
         return target.isoformat().removesuffix("T00:00:00")
-    if isinstance(target, int | float) and not isinstance(target, bool) and target == target:
-        return str(target)
-    return target
+    is_number = isinstance(target, int | float) and not isinstance(target, bool) and target == target
+    return str(target) if is_number else target
 
 
-def row_fault(question: Any, target: Any, extract: Any) -> str | None:
-    """What is wrong with a row, and the fix; None if nothing is. "{}" stands for the row's name."""
-    for name, text in (("input_field", question), ("target_field", target)):
-        if not isinstance(text, str):
-            what = "null" if text is None else f"a {type(text).__name__}" if text == text else "NaN"
-            return f"dataset.{name}: {{}} is {what}, not text; mend or remove the row"
-        if not text.strip():
-            return f"dataset.{name}: {{}} is empty; mend or remove the row"
-    if not rewards.is_correct(target, target, extract):
-        others = [name for name in rewards.extractors_that_read(target) if name != extract.name]
-        instead = f"; {', '.join(others)} would" * bool(others)
-        shown = repr(target[-60:]).replace("{", "{{").replace("}", "}}")
-        return f"dataset.target_field: {{}}: {extract.name} finds no answer in {shown}{instead}"
-    return None
+def row_fault(question: Any, target: Any, extract: Any, row: str) -> str | None:
+    """What is wrong with a row, and the fix; None if nothing is."""
+    for setting, text in (("input_field", question), ("target_field", target)):
+        if not isinstance(text, str) or not text.strip():
+            what = "empty" if text is None or isinstance(text, str) else f"a {type(text).__name__}, not text"
+            return f"dataset.{setting}: {row} is {what if text == text else 'NaN'}; mend or remove the row"
+    if rewards.is_correct(target, target, extract):
+        return None
+    others = [name for name in rewards.extractors_that_read(target) if name != extract.name]
+    instead = f"; {', '.join(others)} would" * bool(others)
+    return f"dataset.target_field: {row}: {extract.name} finds no answer in {target[-60:]!r}{instead}"
 
 
 def encode_rows(rows: list[tuple], split: str, config: Config, tokenizer: Any) -> list[Example]:
     """Builds the attempt-1 prompts. A prompt over budget is left out with a count, never cut. Raises UserError."""
+    if not rows:
+        return []
     limit = config.train.max_prompt_length_attempt1
     texts = [chat_text(tokenizer, config, [{"role": "user", "content": question}]) for question, *_ in rows]
     prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    examples = [
-        Example(question, target, prompt, columns)
-        for (question, target, columns), prompt in zip(rows, prompts, strict=True)
-        if len(prompt) <= limit
-    ]
-    if not examples:
-        shortest = min(map(len, prompts))
-        raise UserError(
-            f"train.max_prompt_length_attempt1: the shortest {split} prompt has {shortest} tokens; raise it"
-        )
-    if len(examples) < len(rows):
-        out = f"{len(rows) - len(examples)} of {len(rows)} {split} prompts (longest: {max(map(len, prompts))} tokens)"
+    fitting = [(row, prompt) for row, prompt in zip(rows, prompts, strict=True) if len(prompt) <= limit]
+    lengths = sorted(map(len, prompts))
+    if not fitting:
+        raise UserError(f"train.max_prompt_length_attempt1: {split} prompts have {lengths[0]} tokens or more; raise it")
+    if len(fitting) < len(rows):
+        out = f"{len(rows) - len(fitting)} of {len(rows)} {split} prompts (longest: {lengths[-1]} tokens)"
         log(f"Warning: {out} are over train.max_prompt_length_attempt1 = {limit} and are left out.")
-    return examples
+    return [Example(question, target, prompt, columns) for (question, target, columns), prompt in fitting]
 
 
-def fingerprints(
-    train: list[Example], validation: list[Example], test: list[Example], bridge: list[int], config: Config
-) -> dict[str, str]:
+def fingerprints(data: Splits, bridge: list[int], config: Config) -> dict[str, str]:
     """What a resumed run must find as it was beside the config: rows as prompts, the turns between, the rewards."""
-
-    def mark(thing: Any) -> str:
-        return hashlib.sha256(json.dumps(thing, default=str).encode()).hexdigest()[:16]
-
-    module = Path(config.reward.module).read_bytes() if config.reward.module else b""
-    rows = [[[row.prompt, row.target, row.columns] for row in part] for part in (train, validation, test)]
-    code = hashlib.sha256(module).hexdigest()[:16]
-    return {"rows": mark(rows), "rendered prompts.self_correction": mark(bridge), "code of reward.module": code}
+    rows = [[[row.prompt, row.target, row.columns] for row in part] for part in data]
+    code = Path(config.reward.module).read_text("latin-1") if config.reward.module else ""
+    marked = {"rows": rows, "rendered prompts.self_correction": bridge, "code of reward.module": code}
+    texts = {name: json.dumps(thing, default=str) for name, thing in marked.items()}
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
 
 
 def stage_batches(stage: int, examples: int, config: Config) -> list[list[int]]:
@@ -921,28 +836,27 @@ def stage_batches(stage: int, examples: int, config: Config) -> list[list[int]]:
 
     A function of its arguments alone, so a resumed run finds its place by the step's number. Raises UserError."""
     train = config.train
-    problems, epochs = getattr(train, f"stage{stage}_batch_size"), getattr(train, f"stage{stage}_epochs")
-    size, steps = problems * train.oversample, getattr(train, f"stage{stage}_steps")
-    if not stage_is_on(train, stage):
+    problems, epochs, steps = (getattr(train, f"stage{stage}_{key}") for key in ("batch_size", "epochs", "steps"))
+    if not (epochs if steps is None else steps):
         return []
+    size = problems * train.oversample
+    steps = round(epochs * (examples // size)) if steps is None else steps
+    asked = f"{problems} x train.oversample {train.oversample}"
     if examples < size:
-        asked = f"{problems} x train.oversample {train.oversample}"
         raise UserError(f"train.stage{stage}_batch_size: {asked} is more than the {examples} train examples; lower it")
-    per_epoch = examples // size
-    steps = round(epochs * per_epoch) if steps is None else steps
     if not steps:
-        raise UserError(
-            f"train.stage{stage}_epochs: {epochs} is less than one step; raise it, or set 0 to skip the stage"
-        )
-    batches = []
-    for epoch in range(-(-steps // per_epoch)):
+        raise UserError(f"train.stage{stage}_epochs: {epochs} is less than one step; raise it, or 0 skips the stage")
+    batches, epoch = [], 0
+    while len(batches) < steps:
         order = list(range(examples))
         random.Random(f"{train.seed}/stage{stage}/{epoch}").shuffle(order)
-        batches += [order[i * size : (i + 1) * size] for i in range(per_epoch)]
+        batches += [order[i : i + size] for i in range(0, examples - size + 1, size)]
+        epoch += 1
     return batches[:steps]
 
 
 # ------------------------------------------------------------------------------------------------------------ model
+ENOUGH_TOKENS = 8192  # a micro-batch of as many keeps a card busy: more would take memory, and no less time
 
 
 @dataclass
@@ -977,9 +891,10 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
     Both paths give the same model: bf16 (float32 on the CPU), the same LoRA settings, float32 LoRA weights. `adapter`
     holds LoRA weights to start from. Raises UserError for a model or an adapter that does not fit."""
     bridge, think_prefix = attempt2_bridge(tokenizer, config)
-    name, auto = config.model.name, config.model.gradient_checkpointing == "auto"
-    use_unsloth = DEVICE.type != "cpu" if use_unsloth is None else use_unsloth
-    model, for_generation, for_training = load_model(config, use_unsloth)
+    name, train, checkpointing = config.model.name, config.train, config.model.gradient_checkpointing
+    model, for_generation, for_training = load_model(
+        config, DEVICE.type != "cpu" if use_unsloth is None else use_unsloth
+    )
     if max(bridge, default=0) >= model.get_input_embeddings().weight.shape[0]:
         raise UserError(f"model.name: the tokenizer of {name} has tokens that its model lacks: it is another model's")
     # A model's own generation_config (top_k, top_p, repetition penalty) would sample from another policy than the one
@@ -988,98 +903,76 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
     model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=pad)
     model.peft_config["default"].base_model_name_or_path = name
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+        parameter.data = parameter.data.float()
     if adapter:
         load_adapter(model, adapter)
     if DEVICE.type == "cpu" and model.num_parameters() < 2**24:
         torch.set_num_threads(1)  # matrices this small keep threads waiting for one another
-    longest = config.train.max_prompt_length_attempt2 + config.train.max_new_tokens_attempt2
-    checkpointing = partial(for_training, True if auto else config.model.gradient_checkpointing)
-    micro_tokens = config.train.micro_batch_size * longest
-    policy = Policy(model, tokenizer, eos, pad, bridge, think_prefix, for_generation, checkpointing, micro_tokens)
+    longest = train.max_prompt_length_attempt2 + train.max_new_tokens_attempt2
+    to_training = partial(for_training, checkpointing is not False)
+    micro_tokens = train.micro_batch_size * longest
+    policy = Policy(model, tokenizer, eos, pad, bridge, think_prefix, for_generation, to_training, micro_tokens)
     policy.for_training()
     check_log_prob_route(policy)
     policy.sampler = make_sampler(policy, config.model.fast_inference, name)
-    if auto:
+    if checkpointing == "auto":
         keep_activations_if_they_fit(policy, partial(for_training, False), longest)
     return policy
 
 
 def load_model(config: Config, use_unsloth: bool) -> tuple[Any, Callable, Callable]:
-    """The PEFT model, the switch to generation, and the one to training, which is told about gradient checkpointing."""
-    dtype, name = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16, config.model.name
+    """The PEFT model, the switch to generation, and the one to training, which is told about gradient checkpointing.
+
+    Raises UserError."""
+    dtype, wanted, lora = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16, config.model, config.model.lora
+    names = {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": lora.target_modules}
+    if wanted.load_in_4bit and DEVICE.type == "cpu":
+        raise UserError("model.load_in_4bit: needs a GPU; set it to false on a CPU")
     torch.manual_seed(config.train.seed)  # LoRA's A matrices
     try:
-        return (load_with_unsloth if use_unsloth else load_with_transformers)(config, dtype)
+        return (load_with_unsloth if use_unsloth else load_with_transformers)(config, dtype, {"r": lora.r} | names)
     except torch.OutOfMemoryError:
-        raise UserError(f"model.name: {name} does not fit in GPU memory; set model.load_in_4bit: true") from None
+        raise UserError(f"model.name: {wanted.name} does not fit in GPU memory; set model.load_in_4bit: true") from None
     except UserError:
         raise
     except Exception as error:  # an odd config.json raises what it likes
-        raise UserError(f"model.name: {name} cannot be loaded: {first_line(error)}") from None
+        raise UserError(f"model.name: {wanted.name} cannot be loaded: {first_line(error)}") from None
 
 
-def lora_settings(config: Config) -> dict[str, Any]:
-    lora = config.model.lora
-    return {
-        "r": lora.r,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "bias": "none",
-        "target_modules": lora.target_modules,
-    }
-
-
-def load_with_unsloth(config: Config, dtype: torch.dtype) -> tuple[Any, Callable, Callable]:
+def load_with_unsloth(config: Config, dtype: torch.dtype, lora: dict[str, Any]) -> tuple[Any, Callable, Callable]:
     from unsloth import FastLanguageModel
 
-    wanted = config.model
-    checkpointing = wanted.gradient_checkpointing in ("auto", True)
+    wanted, checkpointing = config.model, config.model.gradient_checkpointing is not False
+    how = {"load_in_4bit": wanted.load_in_4bit, "trust_remote_code": wanted.trust_remote_code, "dtype": dtype}
+    how |= {"max_seq_length": wanted.max_seq_length, "use_exact_model_name": True}
     with redirect_stdout(io.StringIO()):  # banners
-        model, _ = FastLanguageModel.from_pretrained(
-            wanted.name,
-            max_seq_length=wanted.max_seq_length,
-            dtype=dtype,
-            use_exact_model_name=True,
-            load_in_4bit=wanted.load_in_4bit,
-            trust_remote_code=wanted.trust_remote_code,
-        )
-        model = FastLanguageModel.get_peft_model(
-            model, **lora_settings(config), use_gradient_checkpointing=checkpointing, random_state=config.train.seed
-        )
-
-    def for_training(use_gradient_checkpointing: bool) -> None:
-        FastLanguageModel.for_training(model, use_gradient_checkpointing=use_gradient_checkpointing)
-
+        base, _ = FastLanguageModel.from_pretrained(wanted.name, **how)
+        how = {"use_gradient_checkpointing": checkpointing, "random_state": config.train.seed}
+        model = FastLanguageModel.get_peft_model(base, bias="none", **lora, **how)
+    for_training = partial(FastLanguageModel.for_training, model)
     return model, partial(FastLanguageModel.for_inference, model), for_training
 
 
-def load_with_transformers(config: Config, dtype: torch.dtype) -> tuple[Any, Callable, Callable]:
-    """The same without Unsloth. Raises UserError for what it would load wrongly."""
-    wanted = config.model
-    if wanted.load_in_4bit and DEVICE.type == "cpu":
-        raise UserError("model.load_in_4bit: needs a GPU; set it to false on a CPU")
-    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-    base, found = transformers.AutoModelForCausalLM.from_pretrained(
-        wanted.name,
-        dtype=dtype,
-        trust_remote_code=wanted.trust_remote_code,
-        quantization_config=transformers.BitsAndBytesConfig(**nf4) if wanted.load_in_4bit else None,
-        device_map={"": DEVICE} if DEVICE.type != "cpu" else None,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # what is not loaded would be left random
-    )
+def load_with_transformers(config: Config, dtype: torch.dtype, lora: dict[str, Any]) -> tuple[Any, Callable, Callable]:
+    """The same without Unsloth. Raises UserError or ValueError for what it would load wrongly."""
+    wanted, how = config.model, {"dtype": dtype, "trust_remote_code": config.model.trust_remote_code}
+    if DEVICE.type != "cpu":
+        how["device_map"] = {"": DEVICE}
+    if wanted.load_in_4bit:
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        how["quantization_config"] = transformers.BitsAndBytesConfig(**nf4)
+    how |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what is not loaded would be left random
+    base, found = transformers.AutoModelForCausalLM.from_pretrained(wanted.name, **how)
     if odd := sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]):
         raise ValueError(f"its weights do not fit its config.json: {odd[0]} lacks or has another shape")
-    layers = [f".{name}" for name, _ in base.named_modules()]
-    missing = [t for t in wanted.lora.target_modules if not any(name.endswith(f".{t}") for name in layers)]
+    layers = {f".{name}": layer for name, layer in base.named_modules()}
+    missing = [t for t in lora["target_modules"] if not any(name.endswith(f".{t}") for name in layers)]
     if missing:
-        there = {n.rpartition(".")[2] for n, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+        there = {name.rpartition(".")[2] for name, layer in layers.items() if isinstance(layer, torch.nn.Linear)}
         there = ", ".join(sorted(there - {"lm_head"}))
         raise UserError(f"model.lora.target_modules: {wanted.name} has no {', '.join(missing)}; it has {there}")
-    model = get_peft_model(base, PeftLoraConfig(**lora_settings(config), task_type="CAUSAL_LM"))
+    model = get_peft_model(base, PeftLoraConfig(**lora, task_type="CAUSAL_LM"))
 
     def for_training(use_gradient_checkpointing: bool) -> None:
         model.train()
@@ -1093,11 +986,9 @@ def load_with_transformers(config: Config, dtype: torch.dtype) -> tuple[Any, Cal
 
 def eos_ids(model: Any, tokenizer: Any, name: str) -> list[int]:
     """Every token that ends an answer: those of the generation config, of the model config and of the tokenizer."""
-    saved = None
+    named = [getattr(model.generation_config, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id]
     with suppress(Exception):  # no generation_config.json
-        saved = transformers.GenerationConfig.from_pretrained(name).eos_token_id
-    loaded = getattr(model.generation_config, "eos_token_id", None)
-    named = (saved, loaded, model.config.eos_token_id, tokenizer.eos_token_id)
+        named.insert(0, transformers.GenerationConfig.from_pretrained(name).eos_token_id)
     ids = [i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
     if not ids:
         raise UserError("model.name: neither the model nor its tokenizer names an EOS token")
@@ -1139,11 +1030,7 @@ def check_log_prob_route(policy: Policy) -> None:
             logits = policy.model(input_ids=torch.tensor([row], device=DEVICE)).logits[0, :-1].float()
         own = logits.log_softmax(-1).gather(-1, torch.tensor(row[1:], device=DEVICE)[:, None])[:, 0]
     if not torch.allclose(fused, own, atol=1e-3 if DEVICE.type == "cpu" else 0.1):
-        kind = policy.model.config.model_type
-        raise UserError(f"model.name: {kind} changes its logits after the output head, which this trainer does not do")
-
-
-ENOUGH_TOKENS = 8192  # a micro-batch of as many keeps a card busy: more would take memory, and no less time
+        raise UserError(f"model.name: {policy.model.config.model_type} changes its logits after the head: unsupported")
 
 
 def keep_activations_if_they_fit(policy: Policy, without: Callable, longest: int) -> None:
@@ -1187,19 +1074,13 @@ def autocast(policy: Policy) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------- a stage
-
+MAX_GRAD_NORM = 1.0
 MAX_SKIPPED_STEPS = 10  # in a row, until a run whose loss is not finite ends
 SILENT_STEPS = 3  # in a row, until a line says that nothing is learned
 
 
 def train_stage(
-    policy: Policy,
-    examples: list[Example],
-    stage: int,
-    run: Run,
-    done: int,
-    steps: dict[int, int],
-    validate: Callable[[int, int], None],
+    policy: Policy, examples: list[Example], stage: int, run: Run, done: int, steps: dict[int, int], validate: Callable
 ) -> None:
     """One stage from its step `done` on: roll out, update, write down. The stages differ in `stage_returns` alone.
 
@@ -1207,7 +1088,7 @@ def train_stage(
     MAX_SKIPPED_STEPS steps in a row had a loss or gradient that is not finite."""
     config, train = run.config, run.config.train
     batches = stage_batches(stage, len(examples), config)
-    optimizer = torch.optim.AdamW(policy.trainable.values(), lr=train.learning_rate, weight_decay=0.0)
+    optimizer = AdamW(policy.trainable.values(), lr=train.learning_rate, weight_decay=0.0)
     if done:
         load_optimizer(policy, optimizer, run.checkpoint / "optimizer.safetensors")
     skipped = silent = 0
@@ -1241,14 +1122,8 @@ def learning_rate(step: int, steps: int, train: TrainConfig) -> float:
 
 
 def training_step(
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    problems: list[Example],
-    stage: int,
-    step: int,
-    rate: float,
-    config: Config,
-) -> tuple[dict[str, Any], list[Conversation]]:
+    policy: Policy, optimizer: Optimizer, problems: list[Example], stage: int, step: int, rate: float, config: Config
+) -> tuple[dict[str, Any], Conversations]:
     """One step: roll out a batch of problems, update on those with something to learn from.
 
     Returns what metrics.jsonl says of it and all conversations."""
@@ -1260,30 +1135,23 @@ def training_step(
     torch.manual_seed(random.Random(seed).getrandbits(31))  # LoRA dropout, and whatever else draws
     start = time.perf_counter()
     conversations = roll_out(policy, rows, config, train.generation_temperature, seed, corrections)
-    rolled_out = time.perf_counter()
+    seconds_rollout = time.perf_counter() - start
     chosen, without_signal = dynamic_sampling(conversations, stage, train)
     update = train_step(policy, optimizer, chosen, stage, train)
-    means = reports.attempt_means(conversations, config)
-    sampled = sum(len(c[0].completion) for c in conversations[::corrections])
+    figures = reports.attempt_means(conversations, config) | update
+    figures |= {"reward_gap": figures["reward_attempt2"] - figures["reward_attempt1"], "without_signal": without_signal}
+    figures |= {"seconds_rollout": seconds_rollout, "seconds_update": time.perf_counter() - start - seconds_rollout}
+    sampled = sum(len(c[0].completion) for c in conversations[::corrections])  # which they share
     sampled += sum(len(c[1].completion) for c in conversations)
-    figures = {
-        "reward_gap": means["reward_attempt2"] - means["reward_attempt1"],
-        "without_signal": without_signal,
-        "learning_rate": rate,
-        "tokens_per_second": sampled / (rolled_out - start),
-        "seconds_rollout": rolled_out - start,
-        "seconds_update": time.perf_counter() - rolled_out,
-        "peak_memory_gb": torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None,
-    }
-    return means | update | figures, conversations
+    peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None
+    figures |= {"learning_rate": rate, "tokens_per_second": sampled / seconds_rollout, "peak_memory_gb": peak}
+    return figures, conversations
 
 
 # ---------------------------------------------------------------------------------------------------------- rollout
-
-
 @dataclass
 class Turn:
-    """One attempt at one problem. A conversation is the list of its turns; a later prompt holds the earlier turns."""
+    """One attempt at one problem. In a conversation, a later prompt holds the earlier turns."""
 
     prompt: list[int]
     completion: list[int]  # up to and with EOS
@@ -1296,12 +1164,9 @@ class Turn:
     log_probs: list[float] = field(default_factory=list)  # the sampler's, of each token under softmax(logits / T)
 
 
-Conversation = list[Turn]
-
-
 def roll_out(
     policy: Policy, examples: list[Example], config: Config, temperature: float, seed: str, corrections: int = 1
-) -> list[Conversation]:
+) -> Conversations:
     """Samples both attempts at every example and grades them; returns the conversations. Raises RewardError.
 
     Attempt 2's prompt holds attempt 1 verbatim, reasoning included. With `corrections` m each first attempt stands in
@@ -1316,14 +1181,9 @@ def roll_out(
 
 
 def take_turns(
-    policy: Policy,
-    prompts: list[list[int]],
-    examples: list[Example],
-    config: Config,
-    temperature: float,
-    seed: str,
-    earlier: list[Conversation],
-) -> list[Turn]:
+    policy: Policy, prompts: list[list[int]], examples: list[Example], config: Config, temperature: float, seed: str,
+    earlier: Conversations,
+) -> list[Turn]:  # fmt: skip
     """Samples and grades one attempt at every example, after the turns of `earlier`. Raises RewardError."""
     budget = config.train.max_new_tokens_attempt2 if earlier else config.train.max_new_tokens_attempt1
     share = config.model.fast_inference_gpu_mem
@@ -1342,90 +1202,21 @@ def without_eos(completion: list[int], policy: Policy) -> list[int]:
     return completion[:-1] if completion[-1] in policy.eos_token_ids else completion
 
 
-def grade(turns: list[Turn], examples: list[Example], config: Config, earlier: list[Conversation]) -> None:
+def grade(turns: list[Turn], examples: list[Example], config: Config, earlier: Conversations) -> None:
     """Sets reward (the weighted sum of reward.fn), answer, correctness (by the answers alone). Raises RewardError."""
-    wanted, texts = config.reward, [turn.text for turn in turns]
-    extract, targets = answer_reader(wanted.answer_extractor, wanted.match), [example.target for example in examples]
-    named = trl_arguments(turns, examples, config, earlier) if rewards.trl_names(wanted.names) else {}
-    earned = rewards.compute_rewards(wanted.names, wanted.weights, wanted.module, texts, targets, extract, named)
+    wanted, texts, targets = config.reward, [turn.text for turn in turns], [example.target for example in examples]
+    extract, named = answer_reader(wanted.answer_extractor, wanted.match), {}
+    if rewards.trl_names(wanted.fn):
+        named = rewards.trl_arguments(turns, examples, earlier, opening_turns(config), config.prompts.self_correction)
+    earned = rewards.compute_rewards(wanted.fn, wanted.weights, wanted.module, texts, targets, extract, named)
     for turn, target, reward in zip(turns, targets, earned, strict=True):
-        turn.reward = reward
-        turn.answer = rewards.given_answer(turn.text, turn.truncated, extract)
+        turn.reward, turn.answer = reward, rewards.given_answer(turn.text, turn.truncated, extract)
         turn.correct = rewards.is_correct(turn.text, target, extract)
         turn.flexible = rewards.is_flexibly_correct(turn.text, target, extract)
 
 
-def trl_arguments(
-    turns: list[Turn], examples: list[Example], config: Config, earlier: list[Conversation]
-) -> dict[str, list]:
-    """By name, a list over rows each: what TRL gives to its reward functions."""
-
-    def message(role: str, content: str) -> list[dict[str, str]]:
-        return [{"role": role, "content": content}] if content else []
-
-    opening = message("system", config.prompts.system) + example_turns(config.prompts)
-    chats = [opening + message("user", example.question) for example in examples]
-    for number, conversation in enumerate(earlier):
-        for turn in conversation:
-            chats[number] = chats[number] + message("assistant", turn.text)
-            chats[number] += message("user", config.prompts.self_correction)
-    columns = {name: [example.columns.get(name) for example in examples] for name in examples[0].columns}
-    answers = [[{"role": "assistant", "content": turn.text}] for turn in turns]
-    return columns | {"prompts": chats, "completions": answers, "completion_ids": [turn.completion for turn in turns]}
-
-
 # -------------------------------------------------------------------------------------------------------- objective
-
-
-def stage_returns(
-    stage: int, conversations: list[Conversation], train: TrainConfig
-) -> tuple[torch.Tensor, list[float]]:
-    """What differs between the stages: the returns of attempts 1 and 2, [B, 2], and their KL weights kappa.
-
-    Stage I: attempt 1 earns nothing and is held by beta2 (Eq. 3). Stage II: attempt 2 earns r2 + alpha (r2 - r1), so
-    progress pays (Eq. 4). A bonus of your own, say on correctness alone, goes here: turns hold all that is known."""
-    r1, r2 = (torch.tensor([c[i].reward for c in conversations], dtype=torch.float64) for i in (0, 1))
-    if stage == 1:
-        return torch.stack([torch.zeros_like(r1), r2], 1), [train.beta2, train.beta1]
-    return torch.stack([r1, r2 + train.alpha * (r2 - r1)], 1), [train.beta1, train.beta1]
-
-
-def advantages(returns: torch.Tensor, stage: int, train: TrainConfig) -> torch.Tensor:
-    """Returns [B, 2] minus a baseline that does not depend on the row's own sample: the mean of the others that answer
-    the same prompt, or of the whole batch where there is only one rollout a problem.
-
-    The gradient keeps its direction and loses variance. In Stage I the m corrections of one first attempt, which stand
-    in a row, are compared with each other; the first attempt is compared with other first attempts by its mean."""
-    m = train.stage1_corrections if stage == 1 else 1
-    if train.baseline == "none":
-        return returns
-    first = minus_others(returns[:, 0].view(-1, m).mean(1), train.num_generations // m).repeat_interleave(m)
-    second = minus_others(returns[:, 1], m if m > 1 else train.num_generations)
-    return torch.stack([first, second], 1)
-
-
-def minus_others(returns: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Returns [B] minus the mean of the others in the group. Rows come in groups of `group_size` samples of one prompt;
-    where that is 1, the whole batch is the group."""
-    groups = returns.view(-1, group_size) if group_size > 1 else returns.view(1, -1)
-    others = (groups.sum(1, keepdim=True) - groups) / (groups.shape[1] - 1)
-    return (groups - others).view(-1)
-
-
-def balanced(credit: torch.Tensor, stage: int, train: TrainConfig) -> torch.Tensor:
-    """Advantages [B, 2] of Stage II brought to one scale, attempt 2's times `attempt2_weight`, where that is given.
-
-    With alpha 10 attempt 2's returns vary about six times as much as attempt 1's. Clipping and Adam leave only a step's
-    direction, so attempt 1 would hardly be trained."""
-    if stage == 1 or train.attempt2_weight is None or len(credit) == 1:  # one row has no scale
-        return credit
-    scale = credit.std(0).clamp(min=1e-6)
-    return credit / scale * torch.tensor([1.0, train.attempt2_weight], dtype=credit.dtype)
-
-
-def dynamic_sampling(
-    conversations: list[Conversation], stage: int, train: TrainConfig
-) -> tuple[list[Conversation], float]:
+def dynamic_sampling(conversations: Conversations, stage: int, train: TrainConfig) -> tuple[Conversations, float]:
     """The conversations to train on, and the share of problems without signal (DAPO, arXiv 2503.14476).
 
     Where all rollouts of a problem earn alike, every advantage is 0 and only the KL terms would pull. One problem in
@@ -1439,11 +1230,52 @@ def dynamic_sampling(
     return [c for problem in kept for c in conversations[problem * n : (problem + 1) * n]], silent.float().mean().item()
 
 
-MAX_GRAD_NORM = 1.0
+def stage_returns(stage: int, conversations: Conversations, train: TrainConfig) -> tuple[Tensor, list[float]]:
+    """What differs between the stages: the returns of attempts 1 and 2, [B, 2], and their KL weights kappa.
+
+    Stage I: attempt 1 earns nothing and is held by beta2 (Eq. 3). Stage II: attempt 2 earns r2 + alpha (r2 - r1), so
+    progress pays (Eq. 4). A bonus of your own, say on correctness alone, goes here: turns hold all that is known."""
+    r1, r2 = (torch.tensor([c[i].reward for c in conversations], dtype=torch.float64) for i in (0, 1))
+    if stage == 1:
+        return torch.stack([torch.zeros_like(r1), r2], 1), [train.beta2, train.beta1]
+    return torch.stack([r1, r2 + train.alpha * (r2 - r1)], 1), [train.beta1, train.beta1]
+
+
+def advantages(returns: Tensor, stage: int, train: TrainConfig) -> Tensor:
+    """Returns [B, 2] minus a baseline that does not depend on the row's own sample: the mean of the others that answer
+    the same prompt, or of the whole batch where there is only one rollout a problem.
+
+    The gradient keeps its direction and loses variance. In Stage I the m corrections of one first attempt, which stand
+    in a row, are compared with each other; the first attempt is compared with other first attempts by its mean."""
+    m = train.stage1_corrections if stage == 1 else 1
+    if train.baseline == "none":
+        return returns
+    first = minus_others(returns[:, 0].view(-1, m).mean(1), train.num_generations // m).repeat_interleave(m)
+    second = minus_others(returns[:, 1], m if m > 1 else train.num_generations)
+    return torch.stack([first, second], 1)
+
+
+def minus_others(returns: Tensor, group_size: int) -> Tensor:
+    """Returns [B] minus the mean of the others in the group. Rows come in groups of `group_size` samples of one prompt;
+    where that is 1, the whole batch is the group."""
+    groups = returns.view(-1, group_size) if group_size > 1 else returns.view(1, -1)
+    others = (groups.sum(1, keepdim=True) - groups) / (groups.shape[1] - 1)
+    return (groups - others).view(-1)
+
+
+def balanced(credit: Tensor, stage: int, train: TrainConfig) -> Tensor:
+    """Advantages [B, 2] of Stage II brought to one scale, attempt 2's times `attempt2_weight`, where that is given.
+
+    With alpha 10 attempt 2's returns vary about six times as much as attempt 1's. Clipping and Adam leave only a step's
+    direction, so attempt 1 would hardly be trained."""
+    if stage == 1 or train.attempt2_weight is None or len(credit) == 1:  # one row has no scale
+        return credit
+    scale = credit.std(0).clamp(min=1e-6)
+    return credit / scale * torch.tensor([1.0, train.attempt2_weight], dtype=credit.dtype)
 
 
 def train_step(
-    policy: Policy, optimizer: torch.optim.Optimizer, conversations: list[Conversation], stage: int, train: TrainConfig
+    policy: Policy, optimizer: Optimizer, conversations: Conversations, stage: int, train: TrainConfig
 ) -> dict[str, Any]:
     """One REINFORCE step. Returns loss, KL and gradient statistics; "skipped" is True, and the weights are untouched,
     if loss or gradient is not finite. It is on-policy, so there is no importance ratio.
@@ -1457,24 +1289,17 @@ def train_step(
             stats = add_gradients(policy, conversations, credit, kappas, train)
             break
         except torch.OutOfMemoryError:
-            use_less_memory(policy, max(map(row_length, conversations)))
+            use_less_memory(policy, max(len(c[-1].prompt) + len(c[-1].completion) for c in conversations))
     norm = torch.nn.utils.clip_grad_norm_(policy.trainable.values(), MAX_GRAD_NORM).item()
     loss = sum(stats["loss"])
     skipped = not (math.isfinite(loss) and math.isfinite(norm))
     if not skipped:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    kl, drift = (
-        [total / count for total, count in zip(stats[x], stats["tokens"], strict=True)] for x in ("kl", "drift")
-    )
-    return {
-        "loss": loss,
-        "grad_norm": norm,
-        "skipped": skipped,
-        **{f"kl_attempt{number}": value for number, value in enumerate(kl, 1)},
-        "kl_max": max(stats["kl_max"], key=lambda value: math.inf if math.isnan(value) else value),
-        "logprob_drift": max(drift),
-    }
+    per_token = {x: [total / n for total, n in zip(stats[x], stats["tokens"], strict=True)] for x in ("kl", "drift")}
+    update = {f"kl_attempt{number}": value for number, value in enumerate(per_token["kl"], 1)}
+    update["kl_max"] = max(stats["kl_max"], key=lambda value: math.inf if math.isnan(value) else value)
+    return update | {"loss": loss, "grad_norm": norm, "skipped": skipped, "logprob_drift": max(per_token["drift"])}
 
 
 def use_less_memory(policy: Policy, longest: int) -> None:
@@ -1491,7 +1316,7 @@ def use_less_memory(policy: Policy, longest: int) -> None:
 
 
 def add_gradients(
-    policy: Policy, conversations: list[Conversation], credit: torch.Tensor, kappas: list[float], train: TrainConfig
+    policy: Policy, conversations: Conversations, credit: Tensor, kappas: list[float], train: TrainConfig
 ) -> dict[str, list[float]]:
     """Adds the gradient of
 
@@ -1527,23 +1352,18 @@ def add_gradients(
     return {"loss": loss, "kl": kl, "drift": drift, "tokens": tokens, "kl_max": [torch.cat(peaks).max().item()]}
 
 
-def row_length(conversation: list[Turn]) -> int:
-    return len(conversation[-1].prompt) + len(conversation[-1].completion)
-
-
-def micro_batches(conversations: list[Conversation], max_tokens: int) -> list[list[int]]:
+def micro_batches(conversations: Conversations, max_tokens: int) -> list[list[int]]:
     """Conversations by index, longest first, in groups of at most `max_tokens` tokens, pads counted
     (and at least one conversation)."""
-    lengths, batches = list(map(row_length, conversations)), []
-    longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    for row in longest_first:
+    lengths, batches = [len(c[-1].prompt) + len(c[-1].completion) for c in conversations], []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
             batches.append([])
         batches[-1].append(row)
     return batches
 
 
-def completion_log_probs(policy: Policy, conversations: list[Conversation], temperature: float) -> torch.Tensor:
+def completion_log_probs(policy: Policy, conversations: Conversations, temperature: float) -> Tensor:
     """log pi(token | all before it) of every completion token under softmax(logits / temperature).
 
     Returns float32 [N], conversation by conversation, turn by turn, N = the sum of the completions' lengths. The first
@@ -1569,7 +1389,7 @@ def completion_log_probs(policy: Policy, conversations: list[Conversation], temp
     return LinearLogProb.apply(hidden, weight, torch.tensor(targets, device=DEVICE), temperature)
 
 
-def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """Logits in float32 from hidden [N, H] and the output embedding [V, H]: bf16 would round a logit of 20 by 0.06."""
     if hidden.is_cuda and hidden.dtype != torch.float32:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
@@ -1586,7 +1406,7 @@ class LinearLogProb(torch.autograd.Function):
     CHUNK_BYTES = 2**28
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float):
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float):
         log_probs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         direction = torch.empty_like(hidden) if hidden.requires_grad else None
         rows = max(1, LinearLogProb.CHUNK_BYTES // (4 * weight.shape[0]))
@@ -1603,28 +1423,23 @@ class LinearLogProb(torch.autograd.Function):
         return log_probs
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor):
+    def backward(ctx: Any, gradient: Tensor):
         (direction,) = ctx.saved_tensors
         return gradient[:, None].to(direction.dtype) * direction, None, None, None
 
 
-K3_LINEAR_FROM = 10.0
-
-
-def k3(log_probs: torch.Tensor, reference_log_probs: torch.Tensor) -> torch.Tensor:
+def k3(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
     """Schulman's K3 estimate of KL(pi || pi_ref) a token, from samples of pi: exp(d) - d - 1, d = log pi_ref - log pi.
 
     >= 0, and 0 where the policies agree. Past d = 10 (a token 22,000 times likelier under the reference) the
     exponential goes on as its tangent: one such token would otherwise drown, or overflow, the whole step."""
     d = reference_log_probs - log_probs
-    capped = d.clamp(max=K3_LINEAR_FROM)
+    capped = d.clamp(max=10.0)
     # expm1: near 0, exp(d) - 1 would keep less of float32 than the estimate has; what rounding leaves below 0 is 0
     return (capped.expm1() * (1 + (d - capped)) - capped).clamp(min=0)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
-
-
 def evaluate(policy: Policy, examples: list[Example], config: Config, checkpoint: str) -> tuple[dict, list[dict]]:
     """The paper's metrics on `examples`, greedily unless eval.generation_temperature says otherwise.
 
@@ -1644,7 +1459,6 @@ def evaluate(policy: Policy, examples: list[Example], config: Config, checkpoint
 
 
 # ------------------------------------------------------------------------------------------------------- run folder
-
 # What a run writes; nothing else in its folder is ever deleted.
 RUN_FILES = ("config.yaml", "state.json", "metrics.jsonl", "samples.jsonl", "results.json", "results.md", "curves.png",
              "stage1", "stage2", "merged", "wandb", ".smoke")  # fmt: skip
@@ -1660,7 +1474,7 @@ def run_folder(config: Config) -> Path:
 
 
 @contextmanager
-def claim_folder(args: argparse.Namespace, config: Config) -> Iterator[None]:
+def claim_folder(args: Namespace, config: Config) -> Iterator[None]:
     """Holds the run's folder while the run goes on: one folder, one run. Chooses its name. Raises UserError."""
     own = own_checkpoint(args, config)
     if args.eval_only:
@@ -1691,7 +1505,7 @@ def claim_folder(args: argparse.Namespace, config: Config) -> Iterator[None]:
         claim.release()
 
 
-def own_checkpoint(args: argparse.Namespace, config: Config) -> Path | None:
+def own_checkpoint(args: Namespace, config: Config) -> Path | None:
     """The adapter that Stage II starts from, where it is a checkpoint of this run's Stage I."""
     if args.start_stage == 1 or not args.resume_adapter:
         return None
@@ -1721,7 +1535,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}/state.json: is damaged; delete it to go on from the checkpoint before it") from None
 
 
-def find_start(args: argparse.Namespace, config: Config, marks: dict[str, str]) -> Path | None:
+def find_start(args: Namespace, config: Config, marks: dict[str, str]) -> Path | None:
     """The checkpoint to go on from, None for a fresh start. Changes nothing. Refuses what would mix or lose runs."""
     folder, own = run_folder(config), own_checkpoint(args, config)
     there = [name for name in RUN_FILES if name != "state.json" and (folder / name).exists()]
@@ -1792,10 +1606,9 @@ class Run:
 
     folder: Path
     config: Config
-    command: str
     checkpoint: Path  # the newest; its state.json notes how long the logs were
     state: dict[str, Any]
-    wandb: Any = None
+    wandb: reports.Wandb
     started: float = field(default_factory=time.time)
     drawn: float = field(default_factory=time.time)
 
@@ -1804,20 +1617,18 @@ class Run:
         lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []  # not at U+2028
         return [event for event in map(json.loads, lines) if event["event"] == kind]
 
-    def evaluate(
-        self, policy: Policy, examples: list[Example], label: str, step: int, again: bool = False, **extra: Any
-    ) -> None:
+    def evaluate(self, policy: Policy, examples: list[Example], label: str, at: int, again=False, **extra: Any) -> None:
         """Evaluates and notes it down; with `again` also if the logs hold that evaluation already."""
         if not again and label in [event["checkpoint"] for event in self.events("eval")]:
             return
         event, samples = evaluate(policy, examples, self.config, label)
-        event |= {"global_step": step} | extra
+        event |= {"global_step": at} | extra
         self.write(event, [row | extra for row in samples])
         log(reports.EVAL_LINE.format(**event))
         self.write_results()
         write_atomically(self.checkpoint / "state.json", json.dumps(self.note_state(), indent=1))  # last: it is done
 
-    def log_step(self, event: dict, problems: list[Example], conversations: list[Conversation], steps: int) -> None:
+    def log_step(self, event: dict, problems: list[Example], conversations: Conversations, steps: int) -> None:
         """Writes and prints a training step; of its rollouts four, or all where the step was skipped."""
         each, where = len(conversations) // len(problems), {key: event[key] for key in ("event", "stage", "step")}
         shown = list(enumerate(conversations))[: None if event["skipped"] else 4]
@@ -1826,26 +1637,22 @@ class Run:
         if time.time() - self.drawn > REFRESH_SECONDS:
             self.write_results()
         if event["step"] == min(5, steps):
-            so_far = [past for past in self.events("train") if past["stage"] == event["stage"]]
-            for line in reports.budget_warnings(so_far):
+            for line in reports.budget_warnings([e for e in self.events("train") if e["stage"] == event["stage"]]):
                 log(line)
 
     def write(self, event: dict[str, Any], samples: list[dict[str, Any]]) -> None:
         for name, rows in (("samples.jsonl", samples), ("metrics.jsonl", [event])):
             with writing(self.folder / name), (self.folder / name).open("a", encoding="utf-8") as stream:
                 stream.writelines(map(to_json, rows))
-        if self.wandb:
-            with wandb_may_fail(self):
-                log_to_wandb(self, event, samples)
+        self.wandb.write(event, samples)
 
     def note_state(self) -> dict[str, Any]:
         """The newest checkpoint's state, as it is now."""
         sizes = {name: (self.folder / name).stat().st_size for name in LOGS if (self.folder / name).exists()}
-        wandb_id = self.wandb.id if self.wandb else self.state.get("wandb_id")
         seconds = self.state["seconds"] + time.time() - self.started
-        return self.state | {"logs": sizes, "wandb_id": wandb_id, "seconds": seconds}
+        return self.state | {"logs": sizes, "wandb_id": self.wandb.id, "seconds": seconds}
 
-    def save_checkpoint(self, policy: Policy, stage: int, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+    def save_checkpoint(self, policy: Policy, stage: int, step: int, optimizer: Optimizer | None) -> None:
         """Saves stage{1,2}/step_N or, without optimizer, the stage's end. Every checkpoint keeps its adapter; only the
         newest keeps the optimizer's state."""
         folder = self.folder / f"stage{stage}" / (f"step_{step}" if optimizer else "")
@@ -1862,47 +1669,35 @@ class Run:
         """results.json, results.md, curves.png, and the card of the checkpoint that was evaluated last."""
         evals, device = self.events("eval"), DEVICE.type
         results = {"run_name": self.config.run_name, "evals": evals} | reports.made_with()
-        results["device"] = torch.cuda.get_device_name() if device == "cuda" else device
-        results |= {"seconds_total": self.note_state()["seconds"], "command": self.command}
+        results |= {"device": torch.cuda.get_device_name() if device == "cuda" else device}
+        results |= {"seconds_total": self.note_state()["seconds"], "command": shlex.join(["python", *sys.argv])}
         write_atomically(self.folder / "results.json", json.dumps(results, indent=1))
         write_atomically(self.folder / "results.md", reports.results_page(self.config, evals))
         if self.checkpoint != self.folder:
-            card = reports.model_card(self.config, evals, self.checkpoint)
-            write_atomically(self.checkpoint / "README.md", card)
+            write_atomically(self.checkpoint / "README.md", reports.model_card(self.config, evals, self.checkpoint))
         with writing(self.folder / "curves.png"):
             reports.draw_curves(self.folder, self.events("train"), evals)
         self.drawn = time.time()
 
 
-def open_run(
-    args: argparse.Namespace, config: Config, checkpoint: Path | None, marks: dict[str, str], policy: Policy
-) -> Run:
+def open_run(args: Namespace, config: Config, checkpoint: Path | None, marks: dict[str, str], policy: Policy) -> Run:
     """Prepares the run folder. Called after data, model and adapter have loaded, so a failed start deletes nothing."""
     folder = run_folder(config)
     state = {"stage": args.start_stage, "step": 0, "finished": False, "logs": {}, "marks": marks, "seconds": 0.0}
     state = read_state(checkpoint) if checkpoint else state
     with writing(folder):
         folder.mkdir(exist_ok=True)
-        left = [*(folder / f".{name}.tmp" for name in RUN_FILES), *folder.glob("stage*/**/.*.tmp")]  # by a kill
-        for path in [*left, *(() if checkpoint else (folder / name for name in RUN_FILES))]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        past = checkpoints(folder, past=checkpoint)[::-1] if checkpoint else []
-        for old in past:  # the newest first: a folder without it is no checkpoint
-            (old / "state.json").unlink()
-        for old in past:
-            for file in filter(Path.is_file, old.iterdir()):
-                file.unlink()
-            with suppress(OSError):  # below a stage's end its steps may stay
-                old.rmdir()
-        for name in LOGS:
-            size = (folder / name).stat().st_size if (folder / name).exists() else 0
-            if size < state["logs"].get(name, 0):
-                raise UserError(f"--resume: {folder / name} is shorter than at its checkpoint; put it back")
+        clear(folder, checkpoint)
+        for file in (folder / name for name in LOGS):
+            size, noted = file.stat().st_size if file.exists() else 0, state["logs"].get(file.name, 0)
+            if size < noted:
+                raise UserError(f"--resume: {file} is shorter than at its checkpoint; put it back")
             if size:
-                os.truncate(folder / name, state["logs"].get(name, 0))
+                os.truncate(file, noted)
         if args.smoke:
             (folder / ".smoke").touch()
-    run = Run(folder, config, shlex.join(["python", *sys.argv]), checkpoint or folder, state)
+    wandb = reports.Wandb(config, folder, state.get("wandb_id"), log)
+    run = Run(folder, config, checkpoint or folder, state, wandb)
     if args.start_stage == 2 and not args.resume and not args.eval_only and not state["finished"]:
         state |= {"stage": 2, "step": 0, "adapter": args.resume_adapter}  # noted before anything else
         run.checkpoint = folder / "stage2" / "step_0"
@@ -1914,8 +1709,24 @@ def open_run(
     else:  # last: a folder without it holds no run
         text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
         write_atomically(folder / "config.yaml", text)
-    start_wandb(run)
+    wandb.start()
     return run
+
+
+def clear(folder: Path, checkpoint: Path | None) -> None:
+    """Deletes what an earlier run wrote past the checkpoint, or all of it, and what a kill left half written."""
+    there = [*(folder / f".{name}.tmp" for name in RUN_FILES), *folder.glob("stage*/**/.*.tmp")]
+    there += [] if checkpoint else [folder / name for name in RUN_FILES]
+    for path in there:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for past in checkpoints(folder, past=checkpoint)[::-1] if checkpoint else ():
+        (past / "state.json").unlink()  # the newest first: a folder without it is no checkpoint
+    for place in [*folder.glob("stage*/step_*/"), *folder.glob("stage*/")]:
+        if not (place / "state.json").exists():
+            for file in filter(Path.is_file, place.iterdir()):
+                file.unlink()
+            with suppress(OSError):  # a stage whose steps stay
+                place.rmdir()
 
 
 @contextmanager
@@ -1945,9 +1756,7 @@ def to_json(row: dict[str, Any]) -> str:
     return json.dumps(finite, ensure_ascii=False) + "\n"
 
 
-def save_checkpoint(
-    policy: Policy, folder: Path, state: dict[str, Any], optimizer: torch.optim.Optimizer | None, card: str
-) -> None:
+def save_checkpoint(policy: Policy, folder: Path, state: dict, optimizer: Optimizer | None, card: str) -> None:
     """Writes adapter, tokenizer, model card, optimizer state and state.json to a hidden folder, then moves them in
     place. state.json comes last: a folder without it is no checkpoint. safetensors and JSON only. Raises RunError."""
     temporary = folder / ".checkpoint.tmp"
@@ -1970,12 +1779,11 @@ def save_checkpoint(
         temporary.rmdir()
 
 
-def load_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, file: Path) -> None:
+def load_optimizer(policy: Policy, optimizer: Optimizer, file: Path) -> None:
     moments = read_weights(file)
     for name, parameter in policy.trainable.items():
-        device = parameter.device
-        parts = {part: moments[f"{name}/{part}"] for part in ("step", "exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {part: v if part == "step" else v.to(device) for part, v in parts.items()}
+        parts = {part: moments[f"{name}/{part}"].to(parameter.device) for part in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": moments[f"{name}/step"]} | parts
 
 
 def finish_run(run: Run, policy: Policy) -> None:
@@ -1984,9 +1792,7 @@ def finish_run(run: Run, policy: Policy) -> None:
     log("\n" + reports.results_table(evals), always=True)
     if best := reports.best_on_validation(run.folder, evals):
         log(best)
-    if run.wandb:
-        with wandb_may_fail(run):
-            run.wandb.finish()
+    run.wandb.finish()
     if run.checkpoint != run.folder and run.state["finished"]:
         if output.merge:
             save_merged(run.checkpoint, run.folder / "merged", run.config, policy)
@@ -2016,51 +1822,7 @@ def push_to_hub(folder: Path, name: str) -> None:
     log(f"Pushed {folder} to {name}")
 
 
-# ------------------------------------------------------------------------------------- Weights & Biases, signals
-
-
-def start_wandb(run: Run) -> None:
-    """Starts W&B: online with a login, else offline. It never prompts and never stops a run."""
-    config, mode, login = run.config, os.environ.get("WANDB_MODE"), os.environ.get("WANDB_API_KEY")
-    if not config.wandb_project or mode == "disabled":
-        return
-    with suppress(OSError, netrc.NetrcParseError):
-        login = login or netrc.netrc().authenticators("api.wandb.ai")
-    with wandb_may_fail(run):
-        import wandb
-
-        run.wandb = wandb.init(
-            project=config.wandb_project, name=config.run_name, config=config.model_dump(), dir=str(run.folder),
-            mode=mode or ("online" if login else "offline"), id=run.state.get("wandb_id"), resume="allow",
-            settings=wandb.Settings(silent=True, console="off", init_timeout=20, x_disable_stats=True),
-        )  # fmt: skip
-        run.wandb.define_metric("*", step_metric="global_step")
-        if run.wandb.offline:
-            log(f"W&B is offline; later: wandb sync {run.folder / 'wandb'}/offline-run-*")
-
-
-@contextmanager
-def wandb_may_fail(run: Run) -> Iterator[None]:
-    """A logger must not stop a run: whatever W&B raises is logged in a line, and W&B is off from there on."""
-    try:
-        yield
-    except Exception as error:
-        log(f"W&B is off from here on: {first_line(error)}")
-        run.wandb = None
-
-
-def log_to_wandb(run: Run, event: dict[str, Any], samples: list[dict[str, Any]]) -> None:
-    """Numbers under stage1/, stage2/, eval/ or validation/ on one global step; of an evaluation also samples."""
-    import wandb
-
-    prefix = event.get("held_out", "eval") if event["event"] == "eval" else f"stage{event['stage']}"
-    values = {f"{prefix}/{name}": value for name, value in event.items() if isinstance(value, int | float)}
-    if event["event"] == "eval":
-        rows = [list(row.values()) for row in samples[:100]]
-        values[f"{prefix}/samples"] = wandb.Table(columns=list(samples[0]), data=rows)
-    run.wandb.log(values | {"global_step": event["global_step"]})
-
-
+# ----------------------------------------------------------------------------------------------- signals, progress
 def progress(items: Any, title: str) -> tqdm:
     """A progress bar on a terminal; nothing in a log file, where the lines say enough."""
     return tqdm(items, desc=title, leave=False, disable=QUIET or not sys.stderr.isatty(), dynamic_ncols=True)
@@ -2082,7 +1844,7 @@ def on_signal(number: int, _frame: Any) -> None:
 
 # An appendix that knows a model and nothing of SCoRe. Three samplers share one call, generate(prompts, max_new_tokens,
 # temperature, seed, first_row), and one promise: what a row gets depends on its prompt, the seed and its row number
-# alone. Other rows, free memory and the number of processes change nothing: noise is drawn for each (seed, row number).
+# alone. Noise is drawn for each (seed, row number), so that other rows and the free memory change nothing.
 
 Rows = list[list[int]]  # a row each
 Made = tuple[Rows, list[list[float]]]  # completions, EOS included where it was reached, and their log-probs
@@ -2090,23 +1852,20 @@ Made = tuple[Rows, list[list[float]]]  # completions, EOS included where it was 
 
 def make_sampler(policy: Policy, fast: bool, model_name: str) -> Any:
     """The fastest sampler that serves the policy's model; with `fast` off, model.generate. Logs which, and why."""
-    reasons = [] if fast else ["model.fast_inference is false"]
+    sampler, reasons = Generate(policy), [] if fast else ["model.fast_inference is false"]
     for kind in (Decoder, GraphSampler) if fast else ():
         try:
-            sampler = kind(policy)
-            check_exact(sampler, policy)
+            sampler = check_exact(kind(policy), policy)
             break
         except Exception as error:  # also whatever a model's own code raises where a graph is captured
-            kind_of_error = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            reasons.append(kind_of_error + str(error).split("\n")[0])
-    else:
-        sampler = Generate(policy)
+            fault = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            reasons.append(fault.split("\n")[0])
     log(f"Rollouts of {model_name} use {sampler.name}" + (f" ({'; '.join(reasons)})." if reasons else "."))
     return sampler
 
 
-def check_exact(sampler: Any, policy: Policy) -> None:
-    """Try greedy tokens and log-probs for two short prompts against the model's plain forward. Raises ValueError."""
+def check_exact(sampler: Any, policy: Policy) -> Any:
+    """The sampler, if its greedy tokens and log-probs of two short rows are the plain forward's. Raises ValueError."""
     vocabulary = policy.model.get_input_embeddings().weight.shape[0]
     prompts = [[number % vocabulary for number in range(5, end)] for end in (9, 16)]
     for prompt, row, logps in zip(prompts, *sampler.generate(prompts, 4, 0.0, 0), strict=True):
@@ -2118,27 +1877,22 @@ def check_exact(sampler: Any, policy: Policy) -> None:
         if not off < (1e-3 if logits.dtype == torch.float32 else 0.2):
             raise ValueError(f"{sampler.name} is {off:.2g} nats off the plain forward")
     sampler.release()
+    return sampler
 
 
 def sample(
     policy: Policy, prompts: Rows, max_new_tokens: int, temperature: float, seed: str, first_row: int = 0,
     memory_share: float = 0.5,
 ) -> Made:  # fmt: skip
-    """Completions of B prompts sampled from softmax(logits / temperature) over the whole vocabulary; 0 is greedy.
+    """B completions and their log-probs, sampled from softmax(logits / temperature); 0 is greedy, log-probs as for 1.
 
-    Returns B rows of token ids and of their log-probs under that distribution (greedy: at temperature 1). Row i is
-    row number first_row + i of this seed. Where the free memory holds fewer rows, they go in parts."""
-    size = rows_that_fit(policy, prompts, max_new_tokens, memory_share)
-    if size < len(prompts):
+    Row i is row number first_row + i of this seed. Where the free memory holds fewer rows, they go in parts."""
+    if rows_that_fit(policy, prompts, max_new_tokens, memory_share) < len(prompts):
         policy.sampler.forget()  # parts are prefilled whole, so the K/V of the turn before would only take memory
-        size = rows_that_fit(policy, prompts, max_new_tokens, memory_share)
-    seed_number, completions, log_probs = random.Random(seed).getrandbits(62), [], []
-    for start in range(0, len(prompts), size):
-        part = prompts[start : start + size]
-        made = policy.sampler.generate(part, max_new_tokens, temperature, seed_number, first_row + start)
-        completions += made[0]
-        log_probs += made[1]
-    return completions, log_probs
+    size = rows_that_fit(policy, prompts, max_new_tokens, memory_share)
+    how, starts = (max_new_tokens, temperature, random.Random(seed).getrandbits(62)), range(0, len(prompts), size)
+    parts = [policy.sampler.generate(prompts[at : at + size], *how, first_row + at) for at in starts]
+    return [row for rows, _ in parts for row in rows], [row for _, rows in parts for row in rows]
 
 
 def rows_that_fit(policy: Policy, prompts: Rows, max_new_tokens: int, memory_share: float) -> int:
@@ -2156,14 +1910,14 @@ def rows_that_fit(policy: Policy, prompts: Rows, max_new_tokens: int, memory_sha
 def row_uniforms(seed: int, first_row: int, rows: int, count: int) -> torch.Tensor:
     """The noise of rows first_row, first_row + 1, ...: uniform in [0, 1), float64 [rows, count], one for each token."""
     streams = [random.Random(f"{seed}/{first_row + row}") for row in range(rows)]
-    return torch.tensor([[stream.random() for _ in range(count)] for stream in streams], dtype=torch.float64)
+    return torch.tensor([[s.random() for _ in range(count)] for s in streams], dtype=torch.float64)
 
 
 def pick(logits: torch.Tensor, temperature: float, uniform: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The next token and its log-prob, each [B], from logits [B, V] and the rows' noise, uniform [B].
 
-    The token is the first whose cumulative probability exceeds uniform * total. The sum grows there, so a token of
-    probability 0 is never chosen. It is in float64, where the rarest token of a large vocabulary still counts."""
+    It is the first token whose cumulative probability exceeds uniform * total, so never one of probability 0. The sum
+    is in float64, where the rarest token of a large vocabulary still counts."""
     log_p = F.log_softmax(logits.float() / (temperature or 1), -1)
     if temperature == 0:
         token = log_p.argmax(-1, keepdim=True)
@@ -2174,19 +1928,20 @@ def pick(logits: torch.Tensor, temperature: float, uniform: torch.Tensor | None)
     return token[:, 0], log_p.gather(-1, token)[:, 0]
 
 
+def pad_left(prompts: Rows, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both [B, length of the longest prompt]."""
+    ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], True, pad, "left")
+    mask = pad_sequence([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts], True, 0, "left")
+    return ids.to(DEVICE), mask.to(DEVICE)
+
+
+@dataclass
 class Generate:
     """Samples with model.generate, which serves every model and launches some thousand kernels a token."""
 
+    policy: Policy
     name = "model.generate"
-
-    def __init__(self, policy: Policy):
-        self.policy = policy
-
-    def conversation(self) -> Any:
-        """Nothing is kept from one turn to the next, so there is nothing to forget either."""
-        return nullcontext()
-
-    forget = conversation
+    conversation = forget = nullcontext  # nothing is kept from one turn to the next
 
     def generate(self, prompts: Rows, max_new_tokens: int, temperature: float, seed: int, first_row: int = 0) -> Made:
         """As `sample`, for rows that fit in memory."""
@@ -2200,30 +1955,19 @@ class Generate:
             return torch.full_like(logits, -math.inf).scatter_(1, token[:, None], 0.0)
 
         how = dict(do_sample=False, eos_token_id=policy.eos_token_ids or -1, pad_token_id=policy.pad_token_id)
+        how |= dict(max_new_tokens=max_new_tokens, logits_processor=transformers.LogitsProcessorList([leave_one]))
         with generating(policy):
-            processors = transformers.LogitsProcessorList([leave_one])
-            output = policy.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, logits_processor=processors, **how
-            )
-        rows, log_probs = output[:, ids.shape[1] :].tolist(), torch.stack(log_probs, 1).tolist()
+            rows = policy.model.generate(input_ids=ids, attention_mask=mask, **how)[:, ids.shape[1] :].tolist()
         ends = [next((i + 1 for i, t in enumerate(row) if t in policy.eos_token_ids), len(row)) for row in rows]
-        return tuple([row[:end] for row, end in zip(part, ends, strict=True)] for part in (rows, log_probs))
+        made = rows, torch.stack(log_probs, 1).tolist()
+        return tuple([row[:end] for row, end in zip(part, ends, strict=True)] for part in made)
 
 
-def pad_left(prompts: Rows, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both [B, length of the longest prompt]."""
-    pads = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
-    ids = [[pad] * n + prompt for n, prompt in zip(pads, prompts, strict=True)]
-    mask = [[0] * n + [1] * len(prompt) for n, prompt in zip(pads, prompts, strict=True)]
-    return torch.tensor(ids, device=DEVICE), torch.tensor(mask, device=DEVICE)
-
-
-# The Decoder. Model.generate launches some thousand kernels a token, one by one. Here a token step is about ten kernels
-# a layer, captured once as a CUDA graph and replayed. Prompts are padded on the right, so a token's position is its
-# cache slot: causal attention sees no pad, and a new token attends to slots 0..position of its row and nothing else.
-# Kernels find the K/V cache through an offset in device memory, so graphs outlive the cache, which each rollout
-# allocates at its own size and frees before the update. Attempt 2 goes on from attempt 1's K/V: only the bridge is new.
-# (fmt: skip keeps the long signatures of kernels at one kind of argument a line.)
+# The Decoder. A token step is about ten kernels a layer, captured once as a CUDA graph and replayed. Prompts are padded
+# on the right, so a token's position is its cache slot: causal attention sees no pad, and a new token attends to slots
+# 0..position of its row and nothing else. Kernels find the K/V cache through an offset in device memory, so graphs
+# outlive the cache, which each rollout allocates at its own size and frees before the update. Attempt 2 goes on from
+# attempt 1's K/V: only the bridge is new. (fmt: skip keeps long signatures at one kind of argument a line.)
 if triton is not None:
 
     @triton.jit
@@ -2373,17 +2117,16 @@ if triton is not None:
     ):
         """A block of one row's vocabulary: the maximum of z + Gumbel noise, z = logits / T, and logsumexp(z) in parts.
 
-        The noise is -log(E), E exponential, keyed by (seed, row number, token count, column): it does not depend on the
-        batch around the row. E is -log(1 - u) with u on a grid of 2^-31 near 0, where E decides who wins:
-        probabilities are exact to about 5e-10 a token, and no token can gain more than 22 nats."""
+        The noise is -log(E), E exponential, keyed by (seed, row number, token count, column): no other row matters.
+        E is -log(1 - u), u on a grid of 2^-31 near 0, where E decides who wins: probabilities are exact to about 5e-10
+        a token, and no token can gain more than 22 nats."""
         row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
         c = block * BLOCK + tl.arange(0, BLOCK)
         z = tl.load(logits + row * VOCAB + c, mask=c < VOCAB, other=float("-inf")).to(tl.float32) * tl.load(inv_t)
         number = (tl.load(control + 5) + tl.load(ids_of_rows + row)).to(tl.int32)
         quad = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)  # Philox gives four numbers at a time
-        r0, r1, r2, r3 = tl.philox(
-            tl.load(control + 4), quad, quad * 0 + number, quad * 0 + tl.load(count + row).to(tl.int32), quad * 0
-        )
+        made = tl.load(count + row).to(tl.int32)
+        r0, r1, r2, r3 = tl.philox(tl.load(control + 4), quad, quad * 0 + number, quad * 0 + made, quad * 0)
         bits = tl.reshape(tl.join(tl.join(r0, r1), tl.join(r2, r3)), (BLOCK,))
         u = tl.minimum(((bits >> 1).to(tl.float32) + 0.5) * 4.656612873e-10, 0.99999994)
         e = tl.where(u < 0.01, u * (1.0 + u * (0.5 + u * 0.33333334)), -tl.log(1.0 - u))
@@ -2426,32 +2169,22 @@ if triton is not None:
         tl.store(state + 3 * CAP + row, tl.where(alive, ended, done))
 
 
-def projections(layer: torch.nn.Module) -> list[torch.nn.Module]:
-    """The seven linear maps of a decoder layer, each bare or wrapped by PEFT."""
-    attn, mlp = layer.self_attn, layer.mlp
-    return [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-
-
 def why_not_decodable(base: torch.nn.Module) -> str | None:
-    """None if Decoder serves this causal language model, else the reason in plain words."""
+    """Why Decoder does not serve this causal language model, as far as check_exact's short rows could not tell."""
     config, name, devices = base.config, type(base).__name__, {str(p.device) for p in base.parameters()}
     if name not in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"):
         return f"{name} is not of the architecture of Llama, Mistral, Qwen2 or Qwen3"
-    embedding, modules = base.model.embed_tokens, [part for layer in base.model.layers for part in projections(layer)]
-    rope = {"rope_type": "default", "partial_rotary_factor": 1.0} | (getattr(config, "rope_parameters", None) or {})
-    odd_rope = rope["rope_type"] not in ("default", "linear", "llama3", "yarn") or rope["partial_rotary_factor"] != 1
-    windows = [getattr(config, "sliding_window", None), *(getattr(config, "layer_types", None) or ())]
-    dense = [m for m in (getattr(m, "base_layer", m) for m in modules) if type(m) is torch.nn.Linear]
+    embedding, rope = base.model.embed_tokens, str(getattr(config, "rope_parameters", None))
+    dense = [m for name, m in base.model.named_modules() if type(m) is torch.nn.Linear and "lora_" not in name]
     faults = {
-        f"it is on {devices}, not on one GPU or the CPU": len(devices) > 1 or min(devices)[:3] not in ("cpu", "cud"),
-        "Triton is not installed": triton is None and devices != {"cpu"},
-        "it uses sliding-window attention": windows[0] or "sliding_attention" in windows,
+        f"it is on {devices}": len(devices) > 1,
+        "it uses sliding-window attention": getattr(config, "sliding_window", None),
         f"its activation is {config.hidden_act}, not silu": config.hidden_act != "silu",
-        f"its rotary embedding is {rope}": odd_rope,
+        f"its rotary embedding depends on the length of the row: {rope}": "dynamic" in rope or "longrope" in rope,
         "its output head is wrapped": type(base.lm_head) is not torch.nn.Linear,
         "its embedding is wrapped": type(embedding) is not torch.nn.Embedding,
         "its weights differ in dtype": len({m.weight.dtype for m in [*dense, embedding]}) > 1,
-        "its adapter is a variant of LoRA (DoRA, ...)": any(getattr(m, "lora_variant", None) for m in modules),
+        "its adapter is a variant of LoRA (DoRA, ...)": any(getattr(m, "lora_variant", None) for m in base.modules()),
     }
     return next((reason for reason, found in faults.items() if found), None)
 
@@ -2459,41 +2192,37 @@ def why_not_decodable(base: torch.nn.Module) -> str | None:
 class FusedLinear:
     """Projections of one input (q/k/v, gate/up, o, down) as one product [W; A] x: outputs, then every LoRA's A x.
 
-    What comes after it adds (A x) B, with B block-diagonal and scaled. Dense base weights move into the buffer that
-    also holds A, and each module's weight becomes a view of its rows: training reads the same memory, nothing is
-    stored twice. Quantized base layers run by themselves, and only A is a buffer."""
+    What follows adds (A x) B, B block-diagonal and scaled. Dense base weights move into the buffer of A and become
+    views of it: training reads the same memory. Quantized base layers run by themselves, and only A is a buffer."""
 
     def __init__(self, modules: list[torch.nn.Module], dtype: torch.dtype):
         self.modules, self.bases = modules, [getattr(m, "base_layer", m) for m in modules]
-        self.sizes = [base.out_features for base in self.bases]
-        self.out, wide, device = sum(self.sizes), self.bases[0].in_features, self.bases[0].weight.device
+        self.dense = all(type(base) is torch.nn.Linear for base in self.bases)
         ranks = [a.weight.shape[0] for m in modules for a in getattr(m, "lora_A", {}).values()]
         self.rank = max(16, 1 << (max(ranks) - 1).bit_length()) if ranks else 0  # padded with zeros: tl.dot wants >= 16
-        self.dense, extra = all(type(base) is torch.nn.Linear for base in self.bases), self.rank * len(modules)
-        self.weight = torch.zeros(self.out * self.dense + extra, wide, dtype=dtype, device=device)
+        self.out, extra = sum(base.out_features for base in self.bases), self.rank * len(modules)
+        zeros = partial(torch.zeros, dtype=dtype, device=self.bases[0].weight.device)
+        self.weight, self.b = zeros(self.out * self.dense + extra, self.bases[0].in_features), zeros(extra, self.out)
         self.a = self.weight[self.out * self.dense :]
-        self.b = torch.zeros(extra, self.out, dtype=dtype, device=device)
-        biased = self.dense and any(base.bias is not None for base in self.bases)
-        self.bias = torch.zeros(self.out + extra, dtype=dtype, device=device) if biased else None
+        self.bias = zeros(self.out + extra) if self.dense and any(b.bias is not None for b in self.bases) else None
         self.reload()
 
     def reload(self) -> None:
         """Copy the LoRA weights as they are now (zeros where adapters are off), cast to the compute dtype."""
         self.b.zero_()
-        start = 0
-        for i, (module, base, size) in enumerate(zip(self.modules, self.bases, self.sizes, strict=True)):
-            stop, at = start + size, i * self.rank
+        stop = 0
+        for i, (module, base) in enumerate(zip(self.modules, self.bases, strict=True)):
+            start, stop = stop, stop + base.out_features
             if self.dense and base.weight.data_ptr() != self.weight[start:stop].data_ptr():
                 self.weight[start:stop] = base.weight  # at the first call, and when something replaced the weight
                 base.weight.data = self.weight[start:stop]
-            if self.bias is not None and base.bias is not None:
+            if self.dense and base.bias is not None:
                 self.bias[start:stop] = base.bias
             live = [] if getattr(module, "disable_adapters", True) or module.merged else module.active_adapters
             for name in (name for name in live if name in module.lora_A):
-                a, b = module.lora_A[name].weight, module.lora_B[name].weight
+                a, b, at = module.lora_A[name].weight, module.lora_B[name].weight, i * self.rank
                 self.a[at : at + len(a)] = a
                 torch.mul(b.t(), module.scaling[name], out=self.b[at : at + len(a), start:stop])
-            start = stop
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [N, in] -> [N, out + LoRA columns]."""
@@ -2513,9 +2242,7 @@ def rows_for_graph(rows: int) -> int:
 
 
 class Decoder:
-    """Samples from a causal language model with its own parameters, LoRA active and unmerged; see the comment above.
-
-    On CUDA a token step is a graph of Triton kernels; on a CPU the same step runs in torch operations."""
+    """Samples with a model's own parameters, LoRA active and unmerged: kernels on CUDA (see above), torch on a CPU."""
 
     name = "the built-in decoder"
     compact = True  # drop ended rows from the batch
@@ -2530,12 +2257,12 @@ class Decoder:
         if reason := why_not_decodable(base):
             raise ValueError(reason)
         config, self.backbone, self.head = base.config, base.model, base.lm_head
-        self.embedding = self.backbone.embed_tokens.weight
-        self.eps, self.heads, self.kv = config.rms_norm_eps, config.num_attention_heads, config.num_key_value_heads
+        self.embedding, self.eps = self.backbone.embed_tokens.weight, config.rms_norm_eps
+        self.heads, self.kv = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self._set_up(policy)
         with torch.inference_mode(False), torch.no_grad():  # a weight that is an inference tensor could not train
-            self.layers = [self._fuse(layer) for layer in base.model.layers]
+            self.layers = [self._fuse(layer) for layer in self.backbone.layers]
 
     def _set_up(self, policy: Policy) -> None:
         """What does not depend on the architecture."""
@@ -2549,12 +2276,12 @@ class Decoder:
 
     def _fuse(self, layer: torch.nn.Module) -> SimpleNamespace:
         """What a token step reads of one decoder layer."""
-        q, k, v, o, gate, up, down = projections(layer)
-        norms = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
-        inputs = {"qkv": [q, k, v], "o": [o], "gate_up": [gate, up], "down": [down]}
+        attn, mlp = layer.self_attn, layer.mlp
+        inputs = {"qkv": [attn.q_proj, attn.k_proj, attn.v_proj], "o": [attn.o_proj]}
+        inputs |= {"gate_up": [mlp.gate_proj, mlp.up_proj], "down": [mlp.down_proj]}
         part = SimpleNamespace(**{name: FusedLinear(modules, self.dtype) for name, modules in inputs.items()})
         part.before, part.after = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        part.norms = [norm.weight for norm in norms if norm is not None]
+        part.norms = [attn.q_norm.weight, attn.k_norm.weight] if hasattr(attn, "q_norm") else []
         return part
 
     def release(self) -> None:
@@ -2582,17 +2309,14 @@ class Decoder:
         if temperature < 0 or max_new_tokens < 1 or not all(prompts):
             raise ValueError("generate() needs prompts that are not empty, max_new_tokens >= 1 and temperature >= 0")
         rows = rows_for_graph(len(prompts)) if self.graphed else len(prompts)
-        try:
-            self._start(prompts, rows, max_new_tokens, temperature, seed, first_row)
-            self._continue(rows, max_new_tokens, max(map(len, prompts)))
-            lengths = self.lengths[: len(prompts)].tolist()
-            tokens, logps = (t[: len(prompts), :max_new_tokens].tolist() for t in (self.tokens, self.logps))
-            tokens, logps = ([row[:n] for row, n in zip(t, lengths, strict=True)] for t in (tokens, logps))
-            if self.keeps:  # by prompt: the cache row and the tokens whose K/V it holds, which the last's is not among
-                held = [prompt + row[:-1] for prompt, row in zip(prompts, tokens, strict=True)]
-                self.kept = self.cache, self.state[4, :rows].argsort(), held
-        finally:
-            self.cache = None
+        self._start(prompts, rows, max_new_tokens, temperature, seed, first_row)
+        self._continue(rows, max_new_tokens, max(map(len, prompts)))
+        ends = [*enumerate(self.lengths[: len(prompts)].tolist())]
+        tokens, logps = ([part[i, :n].tolist() for i, n in ends] for part in (self.tokens.cpu(), self.logps.cpu()))
+        if self.keeps:  # by prompt: the cache row and the tokens whose K/V it holds, which the last's is not among
+            held = [prompt + row[:-1] for prompt, row in zip(prompts, tokens, strict=True)]
+            self.kept = self.cache, self.state[4, :rows].argsort(), held
+        self.cache = None
         return tokens, logps
 
     def _start(self, prompts: Rows, rows: int, max_new_tokens: int, *how) -> None:
@@ -2600,42 +2324,38 @@ class Decoder:
         for linear in (part for layer in self.layers for part in (layer.qkv, layer.o, layer.gate_up, layer.down)):
             linear.reload()
         kept, self.kept = self._kept_for(prompts), None
-        copies: dict[tuple, list[int]] = {}  # equal prompts are prefilled once
-        for i, prompt in enumerate(prompts):
-            copies.setdefault(tuple(prompt), []).append(i)
-        unique = sorted(copies, key=len, reverse=True)
-        order = [copies[p][0] for p in unique] + [i for p in unique for i in copies[p][1:]]
-        source = [*range(len(unique))] + [u for u, p in enumerate(unique) for _ in copies[p][1:]]
-        slots, where = len(unique[0]) + max_new_tokens, source + [0] * (rows - len(prompts))
+        seen: dict[tuple, int] = {}  # equal prompts are prefilled once, in the first rows, longest first
+        first = [seen.setdefault(tuple(prompt), i) for i, prompt in enumerate(prompts)]
+        order = sorted(range(len(prompts)), key=lambda i: (first[i] != i, -len(prompts[i])))
+        unique = [tuple(prompts[i]) for i in order[: len(seen)]]
+        where = [order.index(first[i]) for i in order] + [0] * (rows - len(prompts))
+        slots = len(unique[0]) + max_new_tokens
         self._reserve(rows, max_new_tokens, slots)
         if self.cos is None:
             self.cos, self.sin = self._tables(self.held[2])
-        shape = (len(self.layers), 2, rows, self.kv, slots, self.head_dim)
-        self.cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.cache = self.anchor.new_zeros(len(self.layers), 2, rows, self.kv, slots, self.head_dim)
         offset = (self.cache.data_ptr() - self.anchor.data_ptr()) // self.anchor.element_size()
         self._begin(order, [len(unique[w]) for w in where], (offset, rows, slots, max_new_tokens), *how)
         hidden = self._go_on(unique, order[: len(unique)], *kept) if kept else self._prefill(unique)
         where = torch.tensor(where, device=self.device)
-        if len(unique) < len(prompts):
-            for layer in self.cache:
-                layer[:, len(unique) : len(prompts)] = layer[:, where[len(unique) : len(prompts)]]
+        for layer in self.cache:
+            layer[:, len(unique) : len(prompts)] = layer[:, where[len(unique) : len(prompts)]]
         self._choose(head_logits(hidden[where], self.head.weight), rows)
 
     def _reserve(self, rows: int, new: int, slots: int) -> None:
         """Buffers that graphs point at, with room to grow: larger ones drop the graphs."""
         least = (256, 1024, 4096)
         held = [1 << (max(n) - 1).bit_length() for n in zip((rows, new, slots), least, self.held, strict=True)]
-        if held == self.held:
-            return
-        self.release()
-        self.held, (rows, new, slots), whole = held, held, {"dtype": torch.long, "device": self.device}
-        self.state = torch.zeros(5, rows, **whole)  # token, position, tokens made, ended, index of the prompt
-        self.control = torch.zeros(6, **whole)  # cache offset, its rows and slots, max_new_tokens, seed, first_row
-        self.inv_t = torch.zeros(2, device=self.device)  # 1 / temperature, 1 to sample or 0 for greedy
-        self.tokens = torch.zeros(rows, new + 1, **whole)  # by prompt; ended rows may write to the last column
-        self.logps = torch.zeros(rows, new + 1, device=self.device)
-        self.lengths, self.row_numbers = torch.zeros(rows, **whole), torch.arange(rows, **whole)
-        self.anchor = torch.zeros(16, dtype=self.dtype, device=self.device)
+        if held != self.held:
+            self.release()
+            self.held, (rows, new, _), whole = held, held, {"dtype": torch.long, "device": self.device}
+            self.state = torch.zeros(5, rows, **whole)  # token, position, tokens made, ended, index of the prompt
+            self.control = torch.zeros(6, **whole)  # cache offset, its rows and slots, max_new_tokens, seed, first_row
+            self.inv_t = torch.zeros(2, device=self.device)  # 1 / temperature, 1 to sample or 0 for greedy
+            self.tokens = torch.zeros(rows, new + 1, **whole)  # by prompt; ended rows may write to the last column
+            self.logps = torch.zeros(rows, new + 1, device=self.device)
+            self.lengths, self.row_numbers = torch.zeros(rows, **whole), torch.arange(rows, **whole)
+            self.anchor = torch.zeros(16, dtype=self.dtype, device=self.device)
 
     def _tables(self, slots: int) -> tuple[torch.Tensor, ...]:
         """Cosines and sines of the positions, both [slots, head_dim / 2]."""
@@ -2653,7 +2373,7 @@ class Decoder:
         self.control.copy_(torch.tensor([*control, seed & (2**63 - 1), first]))
         self.inv_t.copy_(torch.tensor([1 / (temperature or 1), float(temperature > 0)]))
         if temperature and not self.kernels:
-            self.uniforms = row_uniforms(seed, first, rows, self.limit + 1)
+            self.uniforms = row_uniforms(seed, first, rows, self.limit + 1).to(self.device)
         columns = ([self.pad, n - 1, 0, i >= given, order[i] if i < given else i] for i, n in enumerate(lengths))
         self.state[:, :rows] = torch.tensor([*columns], device=self.device).T
 
@@ -2662,10 +2382,9 @@ class Decoder:
         made, looks = 1, []
         while made < max_new_tokens:
             graph = self._graph(rows) if self.graphed else None
-            steps = min(self.burst, max_new_tokens - made) if graph else 1
-            for _ in range(steps):
+            for _ in range(min(self.burst, max_new_tokens - made) if graph else 1):
                 graph.replay() if graph else self._step(rows)
-            made += steps
+                made += 1
             looks.append((self.state[3, :rows].to("cpu", non_blocking=True), torch.cuda.Event() if graph else None))
             if graph:  # look one burst behind, so that the card never waits for us
                 looks[-1][1].record()
@@ -2687,12 +2406,9 @@ class Decoder:
     def _graph(self, rows: int) -> torch.cuda.CUDAGraph:
         """The captured token step of this batch size. Warming up moves the state, so it is put back."""
         if rows not in self.graphs:
-            state, side, graph = self.state.clone(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self._step(rows)
-                self._step(rows)
-            torch.cuda.current_stream().wait_stream(side)
+            state, graph = self.state.clone(), torch.cuda.CUDAGraph()
+            self._step(rows)
+            self._step(rows)
             self.state.copy_(state)
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
@@ -2714,57 +2430,43 @@ class Decoder:
             last = torch.tensor([i * length + len(p) - 1 for i, p in enumerate(part)], device=self.device)
             rows = torch.arange(first, first + len(part), device=self.device).repeat_interleave(length)
             pos = torch.arange(length, device=self.device).repeat(len(part))
-            hidden.append(self._forward(ids.flatten(), rows, pos, (first, len(part), length), last))
+            hidden.append(self._forward(ids.flatten(), rows, pos, (first, len(part), length))[last])
             first += len(part)
         return torch.cat(hidden)
 
-    def _kept_for(self, prompts: list[list[int]]) -> tuple | None:
-        """The kept K/V as (cache, cache row and number of known tokens of each prompt), if all prompts extend what is
-        kept; m prompts in a row may go on from one of it."""
-        if not self.kept or len(prompts) % len(self.kept[2]):
-            return None
-        cache, rows_of, held = self.kept
-        each = len(prompts) // len(held)
-        if any(p[: len(held[i // each])] != held[i // each] or p == held[i // each] for i, p in enumerate(prompts)):
-            return None
-        return cache, rows_of.repeat_interleave(each), [len(tokens) for tokens in held for _ in range(each)]
+    def _kept_for(self, prompts: Rows) -> tuple | None:
+        """If all prompts, m in a row each, extend what is kept: its cache, and each one's row and known tokens."""
+        cache, rows_of, held = self.kept or (None, None, [])
+        each = len(prompts) // max(1, len(held))
+        held = [tokens for tokens in held for _ in range(each)]
+        extend = len(held) == len(prompts) and all(p[: len(k)] == k != p for p, k in zip(prompts, held, strict=True))
+        return (cache, rows_of.repeat_interleave(each), [*map(len, held)]) if extend else None
 
     def _go_on(self, prompts, numbers, cache, rows_of, known) -> torch.Tensor:
-        """_prefill() of prompts whose first known[number] tokens have their K/V in row rows_of[number] of `cache`.
-
-        The other tokens run without pads, each over its row's slots as a decoded token does."""
+        """_prefill() of prompts whose first known[number] tokens have their K/V in row rows_of[number] of `cache`."""
         known, source = [known[number] for number in numbers], rows_of[numbers]
         for new, old in zip(self.cache, cache, strict=True):
             new[:, : len(prompts), :, : max(known)] = old[:, source, :, : max(known)]
         tails = [(row, n, prompt) for row, (prompt, n) in enumerate(zip(prompts, known, strict=True))]
         rest = [(token, row, at) for row, n, prompt in tails for at, token in enumerate(prompt[n:], n)]
-        ids, rows, pos = (torch.tensor(column, device=self.device) for column in zip(*rest, strict=True))
-        parts = zip(*(t.split(self.prompt_tokens) for t in (ids, rows, pos)), strict=True)
-        hidden = torch.cat([self._forward(*part) for part in parts])
-        return hidden[rows.bincount().cumsum(0) - 1]
+        rest = torch.tensor(rest, device=self.device)
+        hidden = torch.cat([self._forward(*part.T.contiguous()) for part in rest.split(self.prompt_tokens)])
+        return hidden[rest[:, 1].bincount().cumsum(0) - 1]
 
-    def _forward(self, ids, rows, pos, prompt=None, last=None) -> torch.Tensor:
-        """Rows ids [N] at (rows, pos) [N] of the cache -> normalized hidden states [N, hidden].
-
-        prompt = (first row, rows, length) for a prefill of N = rows * length tokens, which keeps only tokens `last`."""
-        h, y, below = F.embedding(ids, self.embedding), None, None
-        plan = None if self.kernels else self._plan(rows, pos, prompt)
+    def _forward(self, ids, rows, pos, prompt=None) -> torch.Tensor:
+        """Tokens ids [N] at (rows, pos) [N] of the cache -> normalized hidden states; prompt: see _attend."""
+        h, y, below, plan = F.embedding(ids, self.embedding), None, None, None
+        if not self.kernels:  # what all layers of the torch path share; a token step reads the cache as it lies
+            mask = torch.arange(0 if prompt else int(pos.max()) + 1, device=self.device) <= pos[:, None]
+            read = slice(len(rows)) if torch.equal(rows, self.row_numbers[: len(rows)]) else rows
+            plan = self.cos[pos][:, None], self.sin[pos][:, None], mask[:, None, None], read
         for index, layer in enumerate(self.layers):
             x = self._add_norm(h, y, below, layer.before)
             q = self._rope_cache(index, layer, layer.qkv(x), rows, pos, plan)
-            x = self._attend_prompt(index, q, prompt) if prompt else self._attend(index, q, rows, pos, plan)
+            x = self._attend(index, q, rows, pos, plan, prompt)
             x = self._add_norm(h, layer.o(x), layer.o, layer.after)
-            y, below = layer.down(self._silu_mul(layer, layer.gate_up(x))), layer.down
-        if last is not None:
-            h, y = h[last], y[last]
+            y, below = layer.down(self._silu_mul(layer.gate_up, layer.gate_up(x))), layer.down
         return self._add_norm(h, y, below, self.backbone.norm.weight)
-
-    def _plan(self, rows: torch.Tensor, pos: torch.Tensor, prompt) -> tuple:
-        """What all layers of the torch path share: cos, sin [N, 1, head_dim / 2], the mask [N, 1, 1, slots], rows."""
-        if torch.equal(rows, self.row_numbers[: len(rows)]):  # a token step reads the cache as it lies
-            rows = slice(len(rows))
-        mask = torch.arange(0 if prompt else int(pos.max()) + 1, device=self.device) <= pos[:, None]
-        return self.cos[pos][:, None], self.sin[pos][:, None], mask[:, None, None], rows
 
     def _add_norm(self, h, y, linear, weight) -> torch.Tensor:
         """h += y with linear's LoRA (y None: nothing to add), in place; returns RMSNorm(h)."""
@@ -2772,12 +2474,10 @@ class Decoder:
             if y is not None:
                 h += linear.add_lora(y)
             return F.rms_norm(h, h.shape[-1:], weight, self.eps)
-        x, size = torch.empty_like(h), h.shape[1]
-        block = triton.next_power_of_2(size)
+        size, block = h.shape[1], triton.next_power_of_2(h.shape[1])
+        x, warps = torch.empty_like(h), min(16, max(4, block // 256))
         y, b, width, rank = (h, h, 0, 0) if y is None else (y, linear.b, y.shape[1], linear.rank)
-        _add_norm_kernel[(len(h),)](
-            h, y, b, weight, x, self.eps, size, width, rank, block, num_warps=min(16, max(4, block // 256))
-        )
+        _add_norm_kernel[(len(h),)](h, y, b, weight, x, self.eps, size, width, rank, block, num_warps=warps)
         return x
 
     def _rope_cache(self, index, layer, y, rows, pos, plan) -> torch.Tensor:
@@ -2797,16 +2497,21 @@ class Decoder:
         lo, hi = torch.cat((q, k), 1).chunk(2, -1)
         cos, sin, *_ = plan
         q, k = torch.cat((lo * cos - hi * sin, hi * cos + lo * sin), -1).split([heads, kv], 1)
-        self.cache[index][0][rows, :, pos] = k
-        self.cache[index][1][rows, :, pos] = v
+        self.cache[index][:, rows, :, pos] = torch.stack((k, v), 1)
         return q.reshape(len(q), -1)
 
-    def _attend(self, index, q, rows, pos, plan) -> torch.Tensor:
+    def _attend(self, index, q, rows, pos, plan, prompt) -> torch.Tensor:
         """Query tokens q [N, heads * head_dim], each over slots 0..pos of its cache row."""
         n, group, dim = len(q), self.heads // self.kv, self.head_dim
+        if prompt:  # count whole prompts of length tokens, padded on the right, in the cache rows from first on
+            first, count, length = prompt
+            k, v = self.cache[index, :, first : first + count, :, :length]
+            q = q.view(count, length, self.heads, dim).transpose(1, 2)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            return out.transpose(1, 2).reshape(n, -1)
         if not self.kernels:
-            _, _, mask, rows = plan
-            k, v = self.cache[index, :, :, :, : mask.shape[-1]][:, rows]
+            _, _, mask, read = plan
+            k, v = self.cache[index, :, :, :, : mask.shape[-1]][:, read]
             return F.scaled_dot_product_attention(q.view(n, self.kv, group, dim), k, v, attn_mask=mask).view(n, -1)
         splits, out = self.splits or 1, torch.empty_like(q)
         while self.splits is None and splits < 16 and n * self.kv * splits <= self.processors:
@@ -2822,21 +2527,12 @@ class Decoder:
             _combine_kernel[(n * self.heads,)](part, out, dim, wide, splits, num_warps=2)
         return out
 
-    def _attend_prompt(self, index, q, prompt) -> torch.Tensor:
-        """Causal attention of whole prompts, right-padded: q [rows * length, heads * head_dim]."""
-        first, rows, length = prompt
-        k, v = self.cache[index, :, first : first + rows, :, :length]
-        q = q.view(rows, length, self.heads, self.head_dim).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return out.transpose(1, 2).reshape(rows * length, -1)
-
-    def _silu_mul(self, layer, y) -> torch.Tensor:
+    def _silu_mul(self, linear, y) -> torch.Tensor:
         """y of gate|up -> SiLU(gate) * up, both with their LoRA."""
-        linear = layer.gate_up
         if not self.kernels:
             gate, up = linear.add_lora(y).chunk(2, -1)
             return F.silu(gate) * up
-        n, size = len(y), linear.sizes[0]
+        n, size = len(y), linear.out // 2
         x = y.new_empty(n, size)
         _silu_mul_kernel[(triton.cdiv(n, 16), triton.cdiv(size, 64))](y, linear.b, x, n, size, linear.rank, 16, 64)
         return x
@@ -2844,17 +2540,14 @@ class Decoder:
     def _choose(self, logits: torch.Tensor, rows: int) -> None:
         """Choose each row's next token from logits [rows, V], record it, and move the rows' state on."""
         if self.kernels:
-            state, vocab, block = self.state, logits.shape[1], 4096
+            state, vocab, block, given = self.state, logits.shape[1], 4096, (logits, self.control, self.inv_t)
             blocks = triton.cdiv(vocab, block)
             best, top, total = logits.new_empty(3, rows, blocks, dtype=torch.float32)
             parts = best, logits.new_empty(rows, blocks, dtype=torch.int32), top, total
-            _sample_kernel[(rows, blocks)](
-                logits, self.control, self.inv_t, state[4], state[2], *parts, vocab, block, num_warps=8
-            )
+            _sample_kernel[(rows, blocks)](*given, state[4], state[2], *parts, vocab, block, num_warps=8)
             _advance_kernel[(rows,)](
-                logits, self.control, self.inv_t, *parts, self.eos, state, self.tokens, self.logps, self.lengths,
-                self.pad, state.shape[1], self.tokens.shape[1], vocab, blocks, triton.next_power_of_2(blocks),
-                len(self.eos), num_warps=1,
+                *given, *parts, self.eos, state, self.tokens, self.logps, self.lengths, self.pad, state.shape[1],
+                self.tokens.shape[1], vocab, blocks, triton.next_power_of_2(blocks), len(self.eos), num_warps=1,
             )  # fmt: skip
             return
         ids, pos, count, done, prompt = self.state[:, :rows]
@@ -2873,65 +2566,57 @@ class Decoder:
 class GraphSampler(Decoder):
     """Samples with the model's own forward over a static cache: for architectures that Decoder does not know.
 
-    On CUDA a token step is one graph, on a CPU it runs as it is. Prompts are padded on the left, so that all rows
-    write to the same slot. The cache must stay where the graph has seen it, so both go after use if it is large."""
+    Prompts are padded on the left: all rows write to one slot. A graph needs its cache, so large ones go after use."""
 
     name = "a graph of the model's own forward"
-    compact, before = False, 0  # before: bytes allocated without the cache
-    conversation, forget = Generate.conversation, Generate.forget
+    compact = False
+    conversation = forget = nullcontext  # nothing is kept from one turn to the next
 
     def __init__(self, policy: Policy):
-        self.policy, self.base, self.live, rope = policy, policy.model.get_base_model(), True, str(policy.model.config)
-        if '"dynamic"' in rope or '"longrope"' in rope:
+        self.policy, self.base, self.live, config = policy, policy.model.get_base_model(), True, policy.model.config
+        if '"dynamic"' in str(config) or '"longrope"' in str(config):
             raise ValueError("its rotary embedding depends on the length of the row")
+        if config.get_text_config() is not config:
+            raise ValueError("it is a composite model")
         self._set_up(policy)
 
     def generate(self, *request: Any, **more: Any) -> Made:
         """As Decoder.generate."""
-        live = not any(getattr(module, "disable_adapters", None) is True for module in self.base.modules())
-        if live != self.live or not self.graphed:
+        live, before = self.live, torch.cuda.memory_allocated()
+        self.live = not any(getattr(module, "disable_adapters", None) is True for module in self.base.modules())
+        if live != self.live:
             self.release()  # a graph has the adapter or has it not
-        self.live = live
         with generating(self.policy):
-            torch.set_autocast_cache_enabled(False)  # a graph has to cast the LoRA weights anew at each replay
-            try:
-                return super().generate(*request, **more)
-            finally:
-                torch.set_autocast_cache_enabled(True)
-                if self.graphed and torch.cuda.memory_allocated() - self.before > 0.05 * torch.cuda.mem_get_info()[1]:
-                    self.release()
+            mixed = torch.is_autocast_enabled(DEVICE.type)  # a graph has to cast the LoRA weights anew at each replay
+            with torch.autocast(DEVICE.type, enabled=mixed, cache_enabled=False):
+                made = super().generate(*request, **more)
+        if not self.graphed or torch.cuda.memory_allocated() - before > 0.05 * torch.cuda.mem_get_info()[1]:
+            self.release()
+        return made
 
     def _start(self, prompts: Rows, rows: int, max_new_tokens: int, *how) -> None:
         ids, mask = pad_left(prompts + [prompts[0]] * (rows - len(prompts)), self.pad)
-        width = ids.shape[1]
-        self._reserve(rows, max_new_tokens, width + max_new_tokens)
-        self.real[:, :width], self.real[:, width:] = mask, 1
-        again = self.graphed and max_new_tokens > 1 and rows not in self.graphs
-        for capture in [True, False] if again else [False]:  # capturing moves the cache on: prefill again
-            self.static.reset()
-            self._begin([*range(len(prompts))], mask.sum(-1).tolist(), (0, 0, 0, max_new_tokens), *how)
-            self._choose(self._logits(ids, (mask.cumsum(-1) - 1).clamp(min=0), mask), rows)
-            if capture:
-                self._graph(rows)
-
-    def _reserve(self, rows: int, new: int, slots: int) -> None:
+        slots = ids.shape[1] + max_new_tokens
         if self.static is not None and (len(self.real) != rows or self.real.shape[1] < slots):
             self.release()
-        super()._reserve(rows, new, 1)
+        self._reserve(rows, max_new_tokens, 1)
         if self.static is None:
             slots = triton.cdiv(slots + 2, 128) * 128 if self.graphed else slots  # warming up takes two slots
-            self.before = torch.cuda.memory_allocated() if self.graphed else 0
-            kinds, config = transformers.cache_utils, self.base.config
-            if config.get_text_config() is not config:
-                raise ValueError("it is a composite model")
-            # A graph cannot roll a window: sliding layers hold all slots too, and the mask hides what is outside.
-            self.static, window = kinds.StaticCache(config=config, max_cache_len=slots), kinds.StaticSlidingWindowLayer
-            layers = [kinds.StaticLayer(slots) if type(layer) is window else layer for layer in self.static.layers]
-            known = kinds.StaticLayer, kinds.LinearAttentionLayer, kinds.LinearAttentionAndStaticFullAttentionLayer
-            if odd := {type(layer).__name__ for layer in layers if type(layer) not in known}:
-                raise ValueError(f"its cache has {', '.join(sorted(odd))}")
-            self.static.layers = layers
             self.real = torch.ones(rows, slots, dtype=torch.long, device=self.device)  # 0: a pad
+            self.static = transformers.StaticCache(config=self.base.config, max_cache_len=slots)
+            # A graph cannot roll a window: sliding layers hold all slots too, and the mask hides what is outside.
+            whole, rolling = transformers.cache_utils.StaticLayer, transformers.cache_utils.StaticSlidingWindowLayer
+            self.static.layers = [whole(slots) if type(layer) is rolling else layer for layer in self.static.layers]
+            known = "StaticLayer", "LinearAttentionLayer", "LinearAttentionAndStaticFullAttentionLayer"
+            if odd := {type(layer).__name__ for layer in self.static.layers}.difference(known):
+                raise ValueError(f"its cache has {', '.join(sorted(odd))}")
+        self.real[:, : ids.shape[1]], self.real[:, ids.shape[1] :] = mask, 1
+        self.static.reset()
+        self._begin([*range(len(prompts))], mask.sum(-1).tolist(), (0, 0, 0, max_new_tokens), *how)
+        self._choose(self._logits(ids, (mask.cumsum(-1) - 1).clamp(min=0), mask), rows)
+        if self.graphed and max_new_tokens > 1 and rows not in self.graphs:
+            self._graph(rows)
+            self._start(prompts, rows, max_new_tokens, *how)  # capturing has moved the cache on: prefill again
 
     def _step(self, rows: int) -> None:
         self._choose(self._logits(self.state[0, :rows, None], self.state[1, :rows, None], self.real), rows)
@@ -2946,9 +2631,7 @@ class GraphSampler(Decoder):
 
 
 # ------------------------------------------------------------------------------------------------------------- main
-
-
-def main(args: argparse.Namespace, config: Config) -> int:
+def main(args: Namespace, config: Config) -> int:
     """Runs, and turns every way of ending into an exit code: 0 done, 2 bad input, 130 interrupted, 1 the rest."""
     global QUIET
     QUIET = args.quiet
@@ -2958,14 +2641,10 @@ def main(args: argparse.Namespace, config: Config) -> int:
     try:
         train_and_evaluate(args, config)
         return 0
-    except UserError as error:
-        code, line = 2, error
-    except RewardError as error:
-        code, line = 2, f"reward: {error}"
+    except (UserError, RewardError, RunError) as error:
+        code, line = 1 if isinstance(error, RunError) else 2, error
     except Interrupted:
         code, line = 130, f"Interrupted. Go on with: {resume_command(args, config)}"
-    except RunError as error:
-        code, line = 1, error
     except torch.OutOfMemoryError:
         code, line = 1, "Out of GPU memory in a rollout; lower model.fast_inference_gpu_mem or the batch sizes"
     except OSError as error:
@@ -2975,16 +2654,13 @@ def main(args: argparse.Namespace, config: Config) -> int:
     return code
 
 
-def resume_command(args: argparse.Namespace, config: Config) -> str:
+def resume_command(args: Namespace, config: Config) -> str:
     """What to type to go on after an interruption."""
-    words = ["python", sys.argv[0], "--config", args.config]
-    words += ["--set", *args.set] if args.set else []
+    words = ["python", sys.argv[0], "--config", args.config, *(["--set", *args.set] if args.set else [])]
     words += ["--smoke", str(args.smoke)] if args.smoke else []
-    if args.eval_only:
-        return shlex.join(
-            [*words, "--eval-only", *(["--resume-adapter", args.resume_adapter] if args.resume_adapter else [])]
-        )
-    return shlex.join([*words, "--resume"])
+    words += ["--eval-only"] if args.eval_only else ["--resume"]
+    words += ["--resume-adapter", args.resume_adapter] if args.eval_only and args.resume_adapter else []
+    return shlex.join(words)
 
 
 if __name__ == "__main__":

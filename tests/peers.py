@@ -85,7 +85,7 @@ def run_trl(train: Any, config: Any, tokenizer: Any, examples: list, clock: Cloc
     def reward(completions: list[str], completion_ids: list[list[int]], target: list[str], **_: Any) -> list[float]:
         clock.tokens += sum(map(len, completion_ids))
         texts = [think_prefix + text for text in completions]
-        return train.rewards.compute_rewards(wanted.names, wanted.weights, wanted.module, texts, target, extract)
+        return train.rewards.compute_rewards(wanted.fn, wanted.weights, wanted.module, texts, target, extract)
 
     def end(*_: Any, **__: Any) -> None:
         clock.end()

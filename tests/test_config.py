@@ -56,7 +56,7 @@ BAD_VALUES = {
     "model.gradient_checkpointing": ["unslot"], "model.fast_inference_gpu_mem": [1.5], "model.lora.rank": [8],
     "model.lora.dropout": [1.0], "model.lora.target_modules": ["q_proj", []], "dataset.input_field": [None],
     "dataset.test_split_size": [0], "prompts.self_correction": [""], "prompts.examples": [{"input": "1+1=?"}],
-    "reward.fn": ["format_and_mach", "no_such_package.right", "trl.rewards.a b", [], ["exact_match", "nope"], [1], 5],
+    "reward.fn": ["format_and_mach", "no_such_package.right", "trl.rewards.a b", [], ["exact_match", "nope"], 5],
     "reward.weights": ["high"], "reward.columns": ["solution"], "reward.answer_extractor": ["gsm8k"],
     "reward.match": ["equals"], "reward.module": ["nowhere.py"], "output.push_to_hub": ["no slash"],
     "run_name": [7, "../elsewhere", "/elsewhere", "..", "a\n", "a/b", "", "a" * 300],
@@ -64,6 +64,7 @@ BAD_VALUES = {
 BAD = [  # (changes, the key that the line must name, what the line must also say)
     *(({key: value}, key, "") for key, values in BAD_VALUES.items() for value in values),
     ({"train": [1]}, "train", ""), ({"model": None}, "model", ""), ({"train.a\nb": 1}, "train.'a\\nb'", ""),
+    ({"reward.fn": [1]}, "reward.fn.0", "1"),
     ({"model.lora.target_modules": ["q_proj", 5]}, "model.lora.target_modules.1", "5"),
     ({"prompts.examples": [{"input": "1+1=?"}]}, "prompts.examples.0.output", "required"),
     ({"prompts.examples": [{"input": "1+1=?", "output": " "}]}, "prompts.examples.0.output", ""),

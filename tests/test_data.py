@@ -312,7 +312,7 @@ def test_check_same_names_a_template_that_prints_the_date(make_config: Any, tmp_
         today = SimpleNamespace(now=lambda: datetime(2026, 3, day))
         monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", today)
         bridge, _ = train.attempt2_bridge(tokenizer, config)
-        return train.fingerprints(*train.load_examples(config, tokenizer), bridge, config)
+        return train.fingerprints(train.load_examples(config, tokenizer), bridge, config)
 
     state = {"stage": 1, "step": 0, "finished": False, "logs": {}, "marks": marks(1), "seconds": 0.0}
     (tmp_path / "state.json").write_text(json.dumps(state))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import huggingface_hub
 import matplotlib.image
@@ -122,16 +123,17 @@ def test_wandb_without_a_login_goes_offline(finished: SimpleNamespace) -> None:
     assert list((finished.folder / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
-def test_a_wandb_that_fails_does_not_stop_a_run(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def fail(*args: Any) -> None:
-        raise ConnectionError("the server has gone")
-
-    monkeypatch.setattr(train, "log_to_wandb", fail)
-    run = SimpleNamespace(wandb="on")
-    with train.wandb_may_fail(run):
-        train.log_to_wandb(run, {}, [])
-    assert run.wandb is None
-    assert "the server has gone" in capsys.readouterr().out
+def test_a_wandb_that_fails_does_not_stop_a_run(make_config: Callable[..., Any], tmp_path: Path) -> None:
+    said: list[str] = []
+    logger = profile_run.Wandb(make_config(), tmp_path, None, said.append)
+    logger.start()
+    assert logger.run is None, "the config asks for none"
+    logger.run = Mock(**{"log.side_effect": ConnectionError("the server has gone")})
+    for _ in range(2):
+        logger.write({"event": "train", "stage": 1, "global_step": 1, "loss": 0.5}, [])
+    logger.finish()
+    assert (logger.run, len(said)) == (None, 1)
+    assert "the server has gone" in said[0]
 
 
 def test_terminal_says_what_figures_mean(finished: SimpleNamespace) -> None:
@@ -158,3 +160,21 @@ def test_a_budget_that_cuts_off_is_named() -> None:
 def test_the_new_task_of_the_readme_runs(tmp_path: Path) -> None:
     flags = ["--config", "tests/new_task/config.yaml", "--smoke", "8", "--set", f"output.dir={tmp_path}"]
     assert fork_run(flags, tmp_path / "log") == 0, output(tmp_path / "log")
+
+
+def test_stage_two_from_an_adapter_evaluates_the_model_before_it_too(
+    finished: SimpleNamespace, tiny_run: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """`pretrain` is the base model, `stage1` the adapter that was given, as in the run that made it."""
+    flags = tiny_run(tmp_path, "train.stage2_steps=1", "eval.validation=4")
+    flags += ["--start-stage", "2", "--resume-adapter", str(finished.folder / "stage1")]
+    assert fork_run(flags, tmp_path / "log") == 0, output(tmp_path / "log")
+
+    def texts(folder: Path, label: str) -> list[str]:
+        lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        rows = [row for row in map(json.loads, lines) if row.get("checkpoint") == label]
+        return [row[f"text_attempt{number}"] for row in rows for number in (1, 2)]
+
+    assert texts(finished.folder, "pretrain") != texts(finished.folder, "stage1"), "the adapter has learned"
+    for label in ("pretrain", "stage1"):
+        assert texts(tmp_path / "run", label) == texts(finished.folder, label)

@@ -535,7 +535,7 @@ def test_resume_refuses_changed_rows_turns_and_rewards(tiny_run, tmp_path):
 def test_fingerprints_hold_the_columns_that_rewards_read(make_config):
     def rows(column: str) -> str:
         example = train.Example("1+1=?", "2", [1, 2], {"solution": column})
-        return train.fingerprints([example], [], [example], [3], make_config())["rows"]
+        return train.fingerprints(([example], [], [example]), [3], make_config())["rows"]
 
     assert rows("two") == rows("two") != rows("three")
 
