@@ -74,7 +74,7 @@ def run_line(policy: Any, config: Any, device: str, train: int, test: int, steps
         f"{config.run_name}: {config.model.name} on {device}, LoRA on {wrapped} modules, {weights:,} trainable "
         f"parameters; {train} train and {test} test examples, {steps[1]} + {steps[2]} steps. Figures read attempt 1 / "
         f"attempt 2: of training they are sampled at temperature {config.train.generation_temperature:g}, of "
-        f"evaluations {decoding(config)}."
+        f"evaluations {decoding(config)}. kl is K3 a token; without signal: problems whose rollouts all earn alike."
     )
 
 
@@ -186,7 +186,8 @@ def decoding(config: Any) -> str:
 
 def evaluation_name(event: dict[str, Any]) -> str:
     """What was evaluated: the checkpoint, and which adapter or rows where they are not the run's own test rows."""
-    place = "/".join(Path(event.get("adapter") or "").parts[-2:])
+    parts = Path(event.get("adapter") or "").parts  # from the run's name on
+    place = "/".join(parts[-3 if parts and parts[-1].startswith("step_") else -2 :])
     return event["checkpoint"] + (f" ({place})" if place else " (validation)" if "held_out" in event else "")
 
 
@@ -534,6 +535,8 @@ def vote(train: Any, policy: Any, examples: list[Any], config: Any, most: int) -
 
 def show_samples(folder: Path, wanted: str | None) -> None:
     """Prints the evaluated pairs of a run by kind: how many of each, then three side by side with a word diff."""
+    if not (folder / "config.yaml").exists():
+        raise ValueError(f"--samples {folder}: holds no run")
     reward = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["reward"]
     if reward["module"]:
         load_reward_module(reward["module"])
@@ -610,7 +613,7 @@ def measure(train: Any, args: argparse.Namespace) -> None:
     tokenizer, settings = train.load_tokenizer(config), config.train
     pool, _, test = train.load_examples(config, tokenizer)
     policy = train.load_policy(config, tokenizer, args.adapter)
-    print(f"{config.model.name}, adapter {args.adapter}, on {train.DEVICE.type}")
+    print(f"{config.model.name}, {f'adapter {args.adapter}' if args.adapter else 'no adapter'}, on {train.DEVICE.type}")
     if args.votes:
         vote(train, policy, test, config, args.votes)
         return

@@ -13,7 +13,10 @@ YAML (`reward.module: my_rewards.py`):
 
     @register_match("within_one_degree")
     def within_one_degree(answer: str, reference: str) -> bool:
-        return abs(float(answer) - float(reference)) <= 1 if answer.isdecimal() else answer == reference
+        try:
+            return abs(float(answer) - float(reference)) <= 1
+        except ValueError:  # a policy in training writes anything at all
+            return False
 
     @register_reward("short_and_right")
     def short_and_right(predictions: list[str], targets: list[str], extract: Extractor) -> list[float]:
@@ -794,9 +797,16 @@ def is_correct(prediction: str, target: str, extract: Extractor) -> bool:
 
 
 def is_flexibly_correct(prediction: str, target: str, extract: Extractor) -> bool:
-    """Does the output hold the right answer, whatever its format? Whatever `is_correct` accepts, and more."""
+    """Does the output hold the right answer, whatever its format? Whatever `is_correct` accepts, and more.
+
+    A match of your own may refuse texts that your extractor never returns; that is a no.
+    """
     reader = _reader(extract)
-    return is_correct(prediction, target, reader) or reader.match(flexible_answer(prediction), reader(target))
+    if is_correct(prediction, target, reader):
+        return True
+    with suppress(RewardError):
+        return reader.match(flexible_answer(prediction), reader(target))
+    return False
 
 
 def extractors_that_read(text: str) -> list[str]:

@@ -283,7 +283,7 @@ def first_line(error: BaseException) -> str:
 def parse_command_line(argv: list[str] | None = None) -> tuple[Namespace, Config]:
     """Reads flags and config. Raises UserError."""
     about = {"description": "SCoRe: two-stage RL for self-correction on one GPU.", "epilog": describe_keys()}
-    parser = ArgumentParser(**about, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser(**about, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.SUB=VALUE", help="override keys")
     parser.add_argument("--smoke", type=int, metavar="N", help="a quick check of every path on N examples")
@@ -300,6 +300,7 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Namespace, Config
     clash = [flag for flag in ("eval_only", "overwrite", "resume_adapter") if args.resume and getattr(args, flag)]
     faults = {
         "--start-stage 2: needs --resume-adapter DIR, or --resume": stage2 and not (adapter or args.resume),
+        "--start-stage: trains, --eval-only does not; leave one out": stage2 and args.eval_only,
         "--resume-adapter: goes with --start-stage 2 or --eval-only": adapter and not (stage2 or args.eval_only),
         f"--resume: goes on with the run as it is, without --{' --'.join(clash).replace('_', '-')}": clash,
         f"--smoke {args.smoke}: needs 4 examples or more, for two steps of two": few,
@@ -425,9 +426,8 @@ def check_adapter(folder: Path, config: Config) -> None:
     try:
         saved = dict(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        raise UserError(
-            f"--resume-adapter {folder}: no sound adapter there; give one such as outputs/NAME/stage1"
-        ) from None
+        near = ", ".join(sorted(place.name for place in folder.parent.glob("step_*"))) or "outputs/NAME/stage1"
+        raise UserError(f"--resume-adapter {folder}: no sound adapter there; give one such as {near}") from None
     base, wanted, lora = str(saved.get("base_model_name_or_path")), config.model.name, config.model.lora
     if Path(base).exists() and Path(wanted).exists() and Path(base).samefile(wanted):
         base = wanted
@@ -547,6 +547,8 @@ def run_stages(run: Run, policy: Policy, data: Splits, steps: dict[int, int]) ->
             run.evaluate(policy, validation, f"stage{stage}/step_{step}", at, held_out="validation")
 
     start_stage, done = checkpoint_place(run.checkpoint)
+    if done >= steps[start_stage] and not (start_stage == 1 and steps[2]):
+        log("All steps have been taken; nothing is left to train.")
     with reference(policy):  # an adapter to start from is not the pretrained model
         run.evaluate(policy, test, "pretrain", 0)
     if start_stage == 2 and done == 0:
@@ -825,8 +827,14 @@ def encode_rows(rows: list[tuple], split: str, config: Config, tokenizer: Any) -
 def fingerprints(data: Splits, bridge: list[int], config: Config) -> dict[str, str]:
     """What a resumed run must find as it was beside the config: rows as prompts, the turns between, the rewards."""
     rows = [[[row.prompt, row.target, row.columns] for row in part] for part in data]
-    code = Path(config.reward.module).read_text("latin-1") if config.reward.module else ""
-    marked = {"rows": rows, "rendered prompts.self_correction": bridge, "code of reward.module": code}
+    own = [config.reward.module] if config.reward.module else []
+    code = [Path(file).read_text("latin-1") for file in (rewards.__file__, *own)]
+    marked = {
+        "rows": rows,
+        "rendered prompts.self_correction": bridge,
+        "code of reward.module or reward_function": code,
+    }
+    marked["train.py"] = Path(__file__).read_text("latin-1")
     texts = {name: json.dumps(thing, default=str) for name, thing in marked.items()}
     return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
 
@@ -1103,8 +1111,9 @@ def train_stage(
             where = f"stage {stage}, step {step}; samples are in {run.folder}/samples.jsonl"
             raise RunError(f"no finite gradient in {skipped} steps in a row ({where}); lower train.learning_rate")
         if silent == SILENT_STEPS:
-            log(f"Warning: all rollouts of each problem earned alike, {silent} steps in a row: nothing was learned.")
-            log('See "Format before correction" in README.md; train.num_generations may be too low.')
+            earned = f"{figures['reward_attempt1']:.2f} / {figures['reward_attempt2']:.2f}"
+            log(f"Warning: all rollouts of each problem earned alike, {silent} steps in a row, so nothing was learned.")
+            log(f'Rewards are {earned}. If low: "Format before correction" in README.md. If at their top: stop here.')
         stop, last = bool(SIGNALS_SEEN), step == len(batches)
         if last or stop or (train.checkpoint_every and step % train.checkpoint_every == 0):
             run.save_checkpoint(policy, stage, step, None if last else optimizer)
@@ -1584,7 +1593,10 @@ def check_same(folder: Path, config: Config, marks: dict[str, str], flag: str) -
     differ = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     keys = [name for name in differ if not name.startswith(HARMLESS_KEYS)]
     changed = [f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in keys]
-    changed += [f"the {name}" for name in marks if saved.get(name) != marks[name]]
+    other = [name for name in marks if saved.get(name) != marks[name]]
+    if "train.py" in other:
+        log(f"Warning: train.py has changed since {folder} was made; what follows may not be the same mathematics.")
+    changed += [f"the {name}" for name in other if name != "train.py"]
     if changed:
         rendered = {"the rows", "the rendered prompts.self_correction"} & set(changed)
         dated = " (does the chat template print today's date?)" * bool(rendered)
@@ -1636,7 +1648,7 @@ class Run:
         log(reports.step_line(event, steps))
         if time.time() - self.drawn > REFRESH_SECONDS:
             self.write_results()
-        if event["step"] == min(5, steps):
+        if event["step"] == min(5, steps) and not (self.folder / ".smoke").exists():  # which cuts budgets itself
             for line in reports.budget_warnings([e for e in self.events("train") if e["stage"] == event["stage"]]):
                 log(line)
 

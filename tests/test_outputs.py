@@ -178,3 +178,19 @@ def test_stage_two_from_an_adapter_evaluates_the_model_before_it_too(
     assert texts(finished.folder, "pretrain") != texts(finished.folder, "stage1"), "the adapter has learned"
     for label in ("pretrain", "stage1"):
         assert texts(tmp_path / "run", label) == texts(finished.folder, label)
+
+
+def test_resuming_a_finished_run_does_nothing_and_warns_of_another_trainer(
+    finished: SimpleNamespace, tiny_run: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    def edited() -> None:
+        train.__file__ = str(tmp_path / "train.py")
+
+    (tmp_path / "train.py").write_text("# another")
+    before = (finished.folder / "metrics.jsonl").read_bytes()
+    flags = tiny_run(finished.folder.parent, "eval.validation=4", "--resume")
+    assert fork_run(flags, tmp_path / "log", before=edited) == 0, output(tmp_path / "log")
+    said = output(tmp_path / "log", "out")
+    assert "train.py has changed" in said
+    assert "nothing is left" in said
+    assert (finished.folder / "metrics.jsonl").read_bytes() == before

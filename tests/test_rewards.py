@@ -617,6 +617,7 @@ def test_a_match_of_ones_own_decides_what_is_correct(scratch_registry):
         "<answer>21</answer>", "#### 20", GSM8K
     )
     assert not is_correct("<answer>warm</answer>", "#### 20", reader), "no answer is never right, nor is it asked about"
+    assert not R.is_flexibly_correct("it is warm", "#### 20", reader), "a diagnosis ends no run"
     assert R.is_flexibly_correct("It is 21", "#### 20", reader)
     assert pay("exact_match", ["<answer>21</answer>"], ["#### 20"], reader) == [1.0]
     assert R.answer_reader("identity").match("1.0", "1")
