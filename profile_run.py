@@ -6,7 +6,7 @@
     python profile_run.py --samples outputs/score-gsm8k                 # a run's corrections by kind, side by side
     python profile_run.py --ask outputs/score-gsm8k "A pen costs 3 dollars. What do 7 cost?"    # both attempts at it
 
-Nothing is trained: the step's learning rate is 0. First stand the reports that train.py writes into a run's folder.
+Nothing is trained: the step's learning rate is 0. The reports that train.py writes into a run's folder come first here.
 """
 
 from __future__ import annotations
@@ -53,8 +53,6 @@ answer can be extracted) or wrong. mended, repeated: of the wrong first attempts
 gives the same answer again. edit distance: between the tokens of both attempts, over the longer one; 0 is a copy.
 flexible: correct to a lenient reader, whatever the format. cut off: by the token budget. tokens: mean length.
 """
-
-
 STEP_LINE = (
     "Stage {roman} step {step}/{steps}: reward {reward_attempt1:.3f} / {reward_attempt2:.3f}, acc {acc_attempt1:.2f} / "
     "{acc_attempt2:.2f}, kl {kl_attempt1:.3f} / {kl_attempt2:.3f}, {without_signal:.0%} without signal, "

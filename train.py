@@ -2578,7 +2578,8 @@ class Decoder:
 class GraphSampler(Decoder):
     """Samples with the model's own forward over a static cache: for architectures that Decoder does not know.
 
-    Prompts are padded on the left: all rows write to one slot. A graph needs its cache, so large ones go after use."""
+    Prompts are padded on the left: all rows write to one slot. A graph needs its cache, so large ones go after use.
+    It was tested on a CPU; on a GPU no run has shown it yet, and check_exact guards it there."""
 
     name = "a graph of the model's own forward"
     compact = False
