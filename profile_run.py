@@ -275,6 +275,10 @@ def draw_panel(axis: Any, curves: dict[str, str], steps: list[dict[str, Any]], e
     axis.axhline(-5 if is_kl else 0, color="black", linewidth=0.5)
 
 
+# Where a multimodal checkpoint keeps its text part, whose own class names its weights without the prefix.
+TEXT_KEYS = {"^model.language_model": "model", "^language_model.model": "model", "^language_model.lm_head": "lm_head"}
+
+
 def model_card(config: Any, evals: list[dict[str, Any]], folder: Path) -> str:
     """The README.md of a saved adapter: the hub's metadata (it refuses local folders), results, how to use it."""
     from huggingface_hub import ModelCardData

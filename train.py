@@ -71,7 +71,6 @@ def read_number(value: Any) -> Any:
 Real = Annotated[float, BeforeValidator(read_number), Field(allow_inf_nan=False)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 Names = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1)]
-Projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def key(default: Any, meaning: str, **bounds: Any) -> Any:
@@ -93,7 +92,7 @@ class LoraConfig(Section):
     r: int = key(16, "rank: how far the policy can move away from the reference", ge=1)
     alpha: Real = key(16, "scale of the update is alpha / r", gt=0)
     dropout: Real = key(0.0, "keep at 0: dropout trains another policy than the one that was sampled", ge=0, lt=1)
-    target_modules: list[str] = key(Projections, "linear layers that get an adapter", min_length=1)
+    target_modules: Names = key(["all-linear"], "names of the linear layers that get an adapter; all-linear: every one")
 
 
 class ModelConfig(Section):
@@ -431,11 +430,12 @@ def check_adapter(folder: Path, config: Config) -> None:
     base, wanted, lora = str(saved.get("base_model_name_or_path")), config.model.name, config.model.lora
     if Path(base).exists() and Path(wanted).exists() and Path(base).samefile(wanted):
         base = wanted
+    targets = {name for name in lora.target_modules if name != "all-linear"}  # else the weights' names tell
     fits = {
         "model.name": (base, wanted),
         "model.lora.r": (saved.get("r"), lora.r),
         "model.lora.alpha": (saved.get("lora_alpha"), lora.alpha),
-        "model.lora.target_modules": (sorted(saved.get("target_modules") or []), sorted(set(lora.target_modules))),
+        "model.lora.target_modules": (sorted(targets and saved.get("target_modules") or []), sorted(targets)),
     } | {name: (saved.get(name) or None, None) for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")}
     for name, (theirs, ours) in fits.items():
         if theirs != ours:
@@ -880,6 +880,7 @@ class Policy:
     for_generation: Callable[[], Any]
     for_training: Callable[[], Any]
     micro_tokens: int  # tokens of a micro-batch of the update, pads included; an out-of-memory halves it
+    logit_scale: float = 1.0  # the constant by which the family multiplies the head's output
     recompute: Callable[[], Any] | None = None  # switches gradient checkpointing on, where `auto` has left it off
     sampler: Any = None
 
@@ -900,6 +901,7 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
     holds LoRA weights to start from. Raises UserError for a model or an adapter that does not fit."""
     bridge, think_prefix = attempt2_bridge(tokenizer, config)
     name, train, checkpointing = config.model.name, config.train, config.model.gradient_checkpointing
+    check_length(config)
     model, for_generation, for_training = load_model(
         config, DEVICE.type != "cpu" if use_unsloth is None else use_unsloth
     )
@@ -922,65 +924,81 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
     micro_tokens = train.micro_batch_size * longest
     policy = Policy(model, tokenizer, eos, pad, bridge, think_prefix, for_generation, to_training, micro_tokens)
     policy.for_training()
-    check_log_prob_route(policy)
+    find_logit_scale(policy)
     policy.sampler = make_sampler(policy, config.model.fast_inference, name)
     if checkpointing == "auto":
         keep_activations_if_they_fit(policy, partial(for_training, False), longest)
     return policy
 
 
+def text_config(config: Config) -> Any:
+    """The model's config or, of a multimodal one, that of its text part. Raises UserError."""
+    name = config.model.name
+    try:
+        found = transformers.AutoConfig.from_pretrained(name, trust_remote_code=config.model.trust_remote_code)
+    except Exception as error:  # an odd config.json raises what it likes
+        raise UserError(f"model.name: {name} cannot be loaded: {first_line(error)}") from None
+    text = found.get_text_config()
+    if text is not found:
+        text.tie_word_embeddings, text.multimodal_parent = found.tie_word_embeddings, found.model_type
+    return text
+
+
+def check_length(config: Config) -> None:
+    """A conversation must fit in the model's positions. Raises UserError.
+
+    Past the length that some rotary embeddings start from (dynamic, longrope), a token's place depends on how long its
+    row is: a token would be sampled with other log-probs than the whole row has."""
+    found, longest = text_config(config), config.train.max_prompt_length_attempt2 + config.train.max_new_tokens_attempt2
+    rope, limit = getattr(found, "rope_parameters", None) or {}, getattr(found, "max_position_embeddings", None)
+    if any(kind in str(rope) for kind in ("'dynamic'", "'longrope'")):
+        start = rope.get("original_max_position_embeddings") or getattr(found, "original_max_position_embeddings", None)
+        limit = start or limit
+    if limit and longest > limit:
+        what = f"a conversation can take {longest} tokens, and {config.model.name} is exact up to {limit}"
+        raise UserError(f"train.max_new_tokens_attempt1: {what}; lower the budgets")
+
+
 def load_model(config: Config, use_unsloth: bool) -> tuple[Any, Callable, Callable]:
     """The PEFT model, the switch to generation, and the one to training, which is told about gradient checkpointing.
 
     Raises UserError."""
-    dtype, wanted, lora = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16, config.model, config.model.lora
-    names = {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": lora.target_modules}
+    dtype, wanted = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16, config.model
     if wanted.load_in_4bit and DEVICE.type == "cpu":
         raise UserError("model.load_in_4bit: needs a GPU; set it to false on a CPU")
     torch.manual_seed(config.train.seed)  # LoRA's A matrices
     try:
-        return (load_with_unsloth if use_unsloth else load_with_transformers)(config, dtype, {"r": lora.r} | names)
+        return (load_with_unsloth if use_unsloth else load_with_transformers)(config, dtype)
     except torch.OutOfMemoryError:
         raise UserError(f"model.name: {wanted.name} does not fit in GPU memory; set model.load_in_4bit: true") from None
     except UserError:
         raise
-    except Exception as error:  # an odd config.json raises what it likes
+    except Exception as error:  # as with config.json
         raise UserError(f"model.name: {wanted.name} cannot be loaded: {first_line(error)}") from None
 
 
-def load_with_unsloth(config: Config, dtype: torch.dtype, lora: dict[str, Any]) -> tuple[Any, Callable, Callable]:
+def load_with_unsloth(config: Config, dtype: torch.dtype) -> tuple[Any, Callable, Callable]:
     from unsloth import FastLanguageModel
 
     wanted, checkpointing = config.model, config.model.gradient_checkpointing is not False
     how = {"load_in_4bit": wanted.load_in_4bit, "trust_remote_code": wanted.trust_remote_code, "dtype": dtype}
-    how |= {"max_seq_length": wanted.max_seq_length, "use_exact_model_name": True}
+    how |= {"max_seq_length": wanted.max_seq_length, "use_exact_model_name": True, "text_only": True}
     with redirect_stdout(io.StringIO()):  # banners
         base, _ = FastLanguageModel.from_pretrained(wanted.name, **how)
         how = {"use_gradient_checkpointing": checkpointing, "random_state": config.train.seed}
-        model = FastLanguageModel.get_peft_model(base, bias="none", **lora, **how)
+        model = FastLanguageModel.get_peft_model(base, bias="none", **lora_settings(base, config), **how)
     for_training = partial(FastLanguageModel.for_training, model)
     return model, partial(FastLanguageModel.for_inference, model), for_training
 
 
-def load_with_transformers(config: Config, dtype: torch.dtype, lora: dict[str, Any]) -> tuple[Any, Callable, Callable]:
+def load_with_transformers(config: Config, dtype: torch.dtype) -> tuple[Any, Callable, Callable]:
     """The same without Unsloth. Raises UserError or ValueError for what it would load wrongly."""
-    wanted, how = config.model, {"dtype": dtype, "trust_remote_code": config.model.trust_remote_code}
-    if DEVICE.type != "cpu":
-        how["device_map"] = {"": DEVICE}
-    if wanted.load_in_4bit:
+    how = {"dtype": dtype} | ({"device_map": {"": DEVICE}} if DEVICE.type != "cpu" else {})
+    if config.model.load_in_4bit:
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
         how["quantization_config"] = transformers.BitsAndBytesConfig(**nf4)
-    how |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what is not loaded would be left random
-    base, found = transformers.AutoModelForCausalLM.from_pretrained(wanted.name, **how)
-    if odd := sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]):
-        raise ValueError(f"its weights do not fit its config.json: {odd[0]} lacks or has another shape")
-    layers = {f".{name}": layer for name, layer in base.named_modules()}
-    missing = [t for t in lora["target_modules"] if not any(name.endswith(f".{t}") for name in layers)]
-    if missing:
-        there = {name.rpartition(".")[2] for name, layer in layers.items() if isinstance(layer, torch.nn.Linear)}
-        there = ", ".join(sorted(there - {"lm_head"}))
-        raise UserError(f"model.lora.target_modules: {wanted.name} has no {', '.join(missing)}; it has {there}")
-    model = get_peft_model(base, PeftLoraConfig(**lora, task_type="CAUSAL_LM"))
+    base = load_base(config, **how)
+    model = get_peft_model(base, PeftLoraConfig(**lora_settings(base, config), task_type="CAUSAL_LM"))
 
     def for_training(use_gradient_checkpointing: bool) -> None:
         model.train()
@@ -992,9 +1010,56 @@ def load_with_transformers(config: Config, dtype: torch.dtype, lora: dict[str, A
     return model, model.eval, for_training
 
 
+def load_base(config: Config, **how: Any) -> Any:
+    """The model without an adapter; of a multimodal one its text part. Raises ValueError for random weights."""
+    how |= {"trust_remote_code": config.model.trust_remote_code, "config": text_config(config)}
+    how |= {"key_mapping": reports.TEXT_KEYS, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    base, found = transformers.AutoModelForCausalLM.from_pretrained(config.model.name, **how)
+    if odd := sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]):
+        raise ValueError(f"its weights do not fit its config.json: {odd[0]} lacks or has another shape")
+    return base
+
+
+def lora_settings(base: Any, config: Config) -> dict[str, Any]:
+    """PEFT's settings for this model. Raises UserError that lists the targets it lacks, and all that it has."""
+    still(base)
+    lora, name, head = config.model.lora, config.model.name, base.get_output_embeddings()
+    linear = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
+    layers = [f".{path}" for path, layer in base.named_modules() if isinstance(layer, linear) and layer is not head]
+    # Three kinds cannot have an adapter: a router; a shared expert, of which PEFT makes adapters of all experts, which
+    # cannot be loaded again; Mamba's out_proj, whose weight a fused kernel reads past its adapter.
+    experts = tuple(f".{path}." for path, block in base.named_modules() if hasattr(block, "experts"))
+    mamba = {f".{path}.out_proj" for path, m in base.named_modules() if hasattr(m, "A_log") and hasattr(m, "in_proj")}
+    cannot = {path for path in layers if ".router." in path or path in mamba or experts and path.startswith(experts)}
+    every, cannot = ({path.rpartition(".")[2] for path in paths} for paths in (layers, cannot))
+    every = sorted(every - cannot)
+    targets = every if "all-linear" in lora.target_modules else list(dict.fromkeys(lora.target_modules))
+    there = [path for path in layers if path.rpartition(".")[2] in every]
+    missing = [target for target in targets if not any(path.endswith(f".{target}") for path in there)]
+    if missing or not targets:
+        has = f"{name} has no {', '.join(missing)} that LoRA can train; it has {', '.join(every)}"
+        raise UserError(f"model.lora.target_modules: {has}; all-linear stands for all of these")
+    if left := set(every).difference(target.rpartition(".")[2] for target in targets):
+        log(f"Without LoRA: {', '.join(sorted(left))}. With model.lora.target_modules: all-linear they would have it.")
+    return {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": targets}
+
+
+def still(base: Any) -> None:
+    """Switches off what makes a token's log-prob depend on more than the tokens before it: a model's own dropout and
+    noise, which would train another policy than was sampled, and rotary embeddings that look at the row's length, which
+    `check_length` keeps where they do not change."""
+    for module in base.modules():
+        for name, value in vars(module).items():
+            noise = "dropout" in name or name in ("jitter_noise", "input_jitter_noise")
+            if isinstance(value, float) and (noise or (name == "p" and isinstance(module, torch.nn.Dropout))):
+                setattr(module, name, 0.0)
+        if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
+            module.rope_type = "default"
+
+
 def eos_ids(model: Any, tokenizer: Any, name: str) -> list[int]:
     """Every token that ends an answer: those of the generation config, of the model config and of the tokenizer."""
-    named = [getattr(model.generation_config, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id]
+    named = [getattr(part, "eos_token_id", None) for part in (model.generation_config, model.config, tokenizer)]
     with suppress(Exception):  # no generation_config.json
         named.insert(0, transformers.GenerationConfig.from_pretrained(name).eos_token_id)
     ids = [i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
@@ -1025,20 +1090,26 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def check_log_prob_route(policy: Policy) -> None:
-    """Some architectures scale or cap their logits after the head; those would be trained on wrong log-probs. Refuse.
+def find_logit_scale(policy: Policy) -> None:
+    """Sets the constant by which the family scales its logits after the head, and refuses what is not understood.
 
-    Compares the fused route with the model's own logits on one short row. Raises UserError."""
-    if type(policy.model.get_base_model().get_output_embeddings()) is not torch.nn.Linear:
-        raise UserError("model.lora.target_modules: the output head cannot be adapted; leave lm_head out")
-    row = [i % len(policy.tokenizer) for i in range(5, 17)]
+    Each constant of its config (some families multiply by it, others divide) is tried on one short row, against the
+    model's own logits. Raises UserError."""
+    config, row = policy.model.config, [i % len(policy.tokenizer) for i in range(5, 17)]
+    named = [getattr(config, name, None) for name in ("logits_scaling", "logit_scale", "lm_head_multiplier")]
     with torch.no_grad(), reference(policy):  # the adapter's dropout would differ between the two
-        fused = completion_log_probs(policy, [[Turn(row[:1], row[1:])]], 1.0)
         with autocast(policy):
-            logits = policy.model(input_ids=torch.tensor([row], device=DEVICE)).logits[0, :-1].float()
-        own = logits.log_softmax(-1).gather(-1, torch.tensor(row[1:], device=DEVICE)[:, None])[:, 0]
-    if not torch.allclose(fused, own, atol=1e-3 if DEVICE.type == "cpu" else 0.1):
-        raise UserError(f"model.name: {policy.model.config.model_type} changes its logits after the head: unsupported")
+            logits = [policy.model(input_ids=torch.tensor([row], device=DEVICE)).logits[0, :-1] for _ in range(2)]
+        own, again = (
+            x.float().log_softmax(-1).gather(-1, torch.tensor(row[1:], device=DEVICE)[:, None]) for x in logits
+        )
+        for scale in [1.0, *(power for x in named if x for power in (x, 1 / x))]:
+            policy.logit_scale = scale
+            fused = completion_log_probs(policy, [[Turn(row[:1], row[1:])]], 1.0)
+            if torch.allclose(fused, own[:, 0], atol=1e-3 if DEVICE.type == "cpu" else 0.1):
+                return
+    what = "changes its logits after the head in an unknown way" if torch.equal(own, again) else "is random in training"
+    raise UserError(f"model.name: {config.model_type} {what}: unsupported")
 
 
 def keep_activations_if_they_fit(policy: Policy, without: Callable, longest: int) -> None:
@@ -1393,9 +1464,10 @@ def completion_log_probs(policy: Policy, conversations: Conversations, temperatu
             before = b * ids.shape[1] + len(turn.prompt) - 1
             where += range(before, before + len(turn.completion))
             targets += turn.completion
-    weight = model.get_output_embeddings().weight
-    hidden = hidden.flatten(0, 1)[torch.tensor(where, device=DEVICE)].to(weight.dtype)  # [N, H]
-    return LinearLogProb.apply(hidden, weight, torch.tensor(targets, device=DEVICE), temperature)
+    head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+    hidden = hidden.flatten(0, 1)[torch.tensor(where, device=DEVICE)].to(head.weight.dtype)  # [N, H]
+    how = policy.logit_scale, cap, temperature
+    return LinearLogProb.apply(hidden, head.weight, head.bias, torch.tensor(targets, device=DEVICE), *how)
 
 
 def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -1406,35 +1478,45 @@ def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 class LinearLogProb(torch.autograd.Function):
-    """log softmax(h W^T / T)[target] for N tokens, in chunks, never holding [N, V].
+    """log softmax(z / T)[target] for N tokens, z = s (h W^T + b), in chunks, never holding [N, V].
 
-    W is frozen, so the gradient with respect to h, (W[target] - softmax W) / T, is known in the forward pass: it is
-    kept ([N, H]) and backward is one multiplication. Two matrix products a token instead of the three of a
-    checkpointed head, no filtering of small probabilities, softmax in float32 on every device."""
+    s is the family's scale, 1 in most; with a cap c, z becomes c tanh(z / c). W is frozen, so the gradient with respect
+    to h, (W[target] - softmax W) s / T, is known in the forward pass: it is kept ([N, H]) and backward is one
+    multiplication. Two matrix products a token instead of the three of a checkpointed head, no filtering of small
+    probabilities, softmax in float32 on every device."""
 
     CHUNK_BYTES = 2**28
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float,
+        cap: float | None, temperature: float,
+    ):  # fmt: skip
         log_probs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         direction = torch.empty_like(hidden) if hidden.requires_grad else None
         rows = max(1, LinearLogProb.CHUNK_BYTES // (4 * weight.shape[0]))
         for start in range(0, len(targets), rows):
             chunk = slice(start, start + rows)
             logits = head_logits(hidden[chunk], weight)  # [rows, V]
-            log_p = (logits / temperature if temperature != 1 else logits).log_softmax(1)
+            logits = logits if bias is None else logits.add_(bias)
+            if cap:
+                logits = logits.mul_(scale / cap).tanh_()
+                slope = 1 - logits * logits
+            factor = (cap if cap else scale) / temperature
+            log_p = (logits * factor if factor != 1 else logits).log_softmax(1)
             log_probs[chunk] = log_p.gather(1, targets[chunk, None])[:, 0]
             if direction is not None:
                 # softmax - onehot in float32 first: where the target is nearly sure, bf16 would lose the difference
                 away = log_p.exp_().scatter_add_(1, targets[chunk, None], -torch.ones_like(log_p[:, :1]))
-                direction[chunk] = (away.to(weight.dtype) @ weight) / -temperature
+                away = away.mul_(slope) if cap else away
+                direction[chunk] = (away.to(weight.dtype) @ weight) * (-scale / temperature)
         ctx.save_for_backward(direction)
         return log_probs
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor):
         (direction,) = ctx.saved_tensors
-        return gradient[:, None].to(direction.dtype) * direction, None, None, None
+        return gradient[:, None].to(direction.dtype) * direction, *[None] * 6
 
 
 def k3(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
@@ -1815,12 +1897,13 @@ def finish_run(run: Run, policy: Policy) -> None:
 
 def save_merged(adapter: Path, folder: Path, config: Config, policy: Policy) -> None:
     """The base model with the adapter added to its weights in float32, saved in bf16. Raises RunError."""
-    how = {"dtype": torch.float32, "trust_remote_code": config.model.trust_remote_code}
-    base = transformers.AutoModelForCausalLM.from_pretrained(config.model.name, **how)
-    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload().to(torch.bfloat16)
+    merged = (
+        PeftModel.from_pretrained(load_base(config, dtype=torch.float32), adapter).merge_and_unload().to(torch.bfloat16)
+    )
     merged.generation_config = policy.model.generation_config  # every token that ends an answer
+    whole = not hasattr(merged.config, "multimodal_parent")  # a text part is saved by the names of its own class
     with writing(folder):
-        merged.save_pretrained(folder)
+        merged.save_pretrained(folder, save_original_format=whole)
         policy.tokenizer.save_pretrained(folder)
 
 
@@ -2186,13 +2269,12 @@ def why_not_decodable(base: torch.nn.Module) -> str | None:
     config, name, devices = base.config, type(base).__name__, {str(p.device) for p in base.parameters()}
     if name not in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"):
         return f"{name} is not of the architecture of Llama, Mistral, Qwen2 or Qwen3"
-    embedding, rope = base.model.embed_tokens, str(getattr(config, "rope_parameters", None))
+    embedding = base.model.embed_tokens
     dense = [m for name, m in base.model.named_modules() if type(m) is torch.nn.Linear and "lora_" not in name]
     faults = {
         f"it is on {devices}": len(devices) > 1,
         "it uses sliding-window attention": getattr(config, "sliding_window", None),
         f"its activation is {config.hidden_act}, not silu": config.hidden_act != "silu",
-        f"its rotary embedding depends on the length of the row: {rope}": "dynamic" in rope or "longrope" in rope,
         "its output head is wrapped": type(base.lm_head) is not torch.nn.Linear,
         "its embedding is wrapped": type(embedding) is not torch.nn.Embedding,
         "its weights differ in dtype": len({m.weight.dtype for m in [*dense, embedding]}) > 1,
@@ -2587,8 +2669,6 @@ class GraphSampler(Decoder):
 
     def __init__(self, policy: Policy):
         self.policy, self.base, self.live, config = policy, policy.model.get_base_model(), True, policy.model.config
-        if '"dynamic"' in str(config) or '"longrope"' in str(config):
-            raise ValueError("its rotary embedding depends on the length of the row")
         if config.get_text_config() is not config:
             raise ValueError("it is a composite model")
         self._set_up(policy)
