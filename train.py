@@ -612,6 +612,10 @@ def load_tokenizer(config: Config) -> Any:
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
         raise UserError(f"model.name: {name} has no tokenizer (tokenizer.json)")
     if not tokenizer.chat_template:
+        with suppress(Exception):  # multimodal families may keep it beside the tokenizer, for their processor
+            file = transformers.utils.cached_file(name, "chat_template.json")
+            tokenizer.chat_template = json.loads(Path(file).read_text(encoding="utf-8"))["chat_template"]
+    if not tokenizer.chat_template:
         raise UserError(f"model.name: {name} has no chat template; set model.chat_template to one or pick a chat model")
     return tokenizer
 
