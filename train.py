@@ -899,16 +899,15 @@ def reference(policy: Policy) -> Any:
 
 
 def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use_unsloth: bool | None = None) -> Policy:
-    """Loads base model and LoRA adapter: with Unsloth where it runs, else with transformers + PEFT.
+    """Loads base model and LoRA adapter: with Unsloth where it serves, else with transformers + PEFT.
 
     Both paths give the same model: bf16 (float32 on the CPU), the same LoRA settings, float32 LoRA weights. `adapter`
     holds LoRA weights to start from. Raises UserError for a model or an adapter that does not fit."""
     bridge, think_prefix = attempt2_bridge(tokenizer, config)
     name, train, checkpointing = config.model.name, config.train, config.model.gradient_checkpointing
     check_length(config)
-    model, for_generation, for_training = load_model(
-        config, DEVICE.type != "cpu" if use_unsloth is None else use_unsloth
-    )
+    use_unsloth = unsloth_serves(config) if use_unsloth is None else use_unsloth
+    model, for_generation, for_training = load_model(config, use_unsloth)
     if max(bridge, default=0) >= model.get_input_embeddings().weight.shape[0]:
         raise UserError(f"model.name: the tokenizer of {name} has tokens that its model lacks: it is another model's")
     # A model's own generation_config (top_k, top_p, repetition penalty) would sample from another policy than the one
@@ -946,6 +945,14 @@ def text_config(config: Config) -> Any:
     if text is not found:
         text.tie_word_embeddings, text.multimodal_parent = found.tie_word_embeddings, found.model_type
     return text
+
+
+def unsloth_serves(config: Config) -> bool:
+    """Whether Unsloth runs here and has code of its own for the model. For others it compiles transformers' code, which
+    takes up to three minutes, and what comes out most often cannot be captured as a graph."""
+    text = text_config(config)
+    written = text.model_type in ("llama", "mistral", "qwen2", "qwen3") and not getattr(text, "sliding_window", None)
+    return DEVICE.type != "cpu" and written
 
 
 def check_length(config: Config) -> None:
@@ -2661,11 +2668,27 @@ class Decoder:
         count += alive
 
 
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, **more) -> tuple[Tensor, None]:
+    """transformers' sdpa, except that the query heads of one new token go in as the rows of the K/V head they share:
+    sdpa would write that out once for each of them."""
+    (rows, heads, new, size), shared = query.shape, key.shape[1]
+    if new > 1 or attention_mask is None or attention_mask.shape[1] > 1 or more.get("position_bias") is not None:
+        plain = transformers.AttentionInterface()["sdpa"]
+        return plain(module, query, key, value, attention_mask, scaling=scaling, **more)
+    query = query.view(rows, shared, heads // shared, size)
+    out = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
+    return out.reshape(rows, 1, heads, -1), None
+
+
+transformers.AttentionInterface.register("grouped", grouped_attention)
+transformers.AttentionMaskInterface.register("grouped", transformers.masking_utils.sdpa_mask)
+
+
 class GraphSampler(Decoder):
     """Samples with the model's own forward over a static cache: for architectures that Decoder does not know.
 
-    Prompts are padded on the left: all rows write to one slot. A graph needs its cache, so large ones go after use.
-    It was tested on a CPU; on a GPU no run has shown it yet, and check_exact guards it there."""
+    Prompts are padded on the left: all rows write to one slot. A graph needs its cache, so large ones go after use, and
+    LoRA weights in the model's own dtype, so each rollout copies them: a token would take four casts a projection."""
 
     name = "a graph of the model's own forward"
     compact = False
@@ -2675,6 +2698,7 @@ class GraphSampler(Decoder):
         self.policy, self.base, self.live, config = policy, policy.model.get_base_model(), True, policy.model.config
         if config.get_text_config() is not config:
             raise ValueError("it is a composite model")
+        self.lora: list[Tensor] = []
         self._set_up(policy)
 
     def generate(self, *request: Any, **more: Any) -> Made:
@@ -2683,13 +2707,28 @@ class GraphSampler(Decoder):
         self.live = not any(getattr(module, "disable_adapters", None) is True for module in self.base.modules())
         if live != self.live:
             self.release()  # a graph has the adapter or has it not
-        with generating(self.policy):
-            mixed = torch.is_autocast_enabled(DEVICE.type)  # a graph has to cast the LoRA weights anew at each replay
-            with torch.autocast(DEVICE.type, enabled=mixed, cache_enabled=False):
-                made = super().generate(*request, **more)
+        with generating(self.policy), self._as_sampled():
+            made = super().generate(*request, **more)
         if not self.graphed or torch.cuda.memory_allocated() - before > 0.05 * torch.cuda.mem_get_info()[1]:
             self.release()
         return made
+
+    @contextmanager
+    def _as_sampled(self) -> Iterator[None]:
+        """Inside, LoRA weights have the model's dtype, and query heads share their K/V head without its copies."""
+        own = [(part, part.data) for name, part in self.base.named_parameters() if "lora_" in name]
+        attention = self.base.config._attn_implementation
+        self.lora = self.lora or [torch.empty_like(weight, dtype=self.dtype) for _, weight in own]
+        try:
+            for (part, weight), copy in zip(own, self.lora, strict=True):
+                part.data = copy.copy_(weight)
+            if attention == "sdpa":
+                self.base.set_attn_implementation("grouped")
+            yield
+        finally:
+            self.base.set_attn_implementation(attention)
+            for part, weight in own:
+                part.data = weight
 
     def _start(self, prompts: Rows, rows: int, max_new_tokens: int, *how) -> None:
         ids, mask = pad_left(prompts + [prompts[0]] * (rows - len(prompts)), self.pad)
