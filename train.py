@@ -1506,17 +1506,19 @@ class LinearLogProb(torch.autograd.Function):
             log_p = (logits * factor if factor != 1 else logits).log_softmax(1)
             log_probs[chunk] = log_p.gather(1, targets[chunk, None])[:, 0]
             if direction is not None:
-                # softmax - onehot in float32 first: where the target is nearly sure, bf16 would lose the difference
+                # softmax - onehot in float32 first: where the target is nearly sure, bf16 would lose the difference.
+                # 2**10: float16 would round a small one to 0.
                 away = log_p.exp_().scatter_add_(1, targets[chunk, None], -torch.ones_like(log_p[:, :1]))
                 away = away.mul_(slope) if cap else away
-                direction[chunk] = (away.to(weight.dtype) @ weight) * (-scale / temperature)
+                direction[chunk] = torch.mul(away, 2**10, out=torch.empty_like(away, dtype=weight.dtype)) @ weight
         ctx.save_for_backward(direction)
+        ctx.factor = -scale / temperature / 2**10
         return log_probs
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor):
         (direction,) = ctx.saved_tensors
-        return gradient[:, None].to(direction.dtype) * direction, *[None] * 6
+        return (gradient[:, None] * ctx.factor * direction).to(direction.dtype), *[None] * 6  # in float32 until here
 
 
 def k3(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
