@@ -98,6 +98,7 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     name: PathText = key(..., "hub id or local folder; with the adapter off it is the reference policy")
     max_seq_length: int | None = key(None, "tokens of a whole conversation; null: computed from the budgets", ge=8)
+    dtype: Literal["auto", "bfloat16", "float16"] = key("auto", "bfloat16, or float16 on cards without; CPU: float32")
     load_in_4bit: bool = key(False, "4-bit base weights: a bigger model on the same card")
     chat_template: str | None = key(None, "Jinja file or template; null or empty: the tokenizer's own")
     chat_template_kwargs: dict[str, Any] = key({}, "variables for the template, such as enable_thinking: true")
@@ -834,6 +835,7 @@ def fingerprints(data: Splits, bridge: list[int], config: Config) -> dict[str, s
         "rendered prompts.self_correction": bridge,
         "code of reward.module or reward_function": code,
     }
+    marked["number format of model.dtype"] = number_format(config)
     marked["train.py"] = Path(__file__).read_text("latin-1")
     texts = {name: json.dumps(thing, default=str) for name, thing in marked.items()}
     return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
@@ -897,8 +899,8 @@ def reference(policy: Policy) -> Any:
 def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use_unsloth: bool | None = None) -> Policy:
     """Loads base model and LoRA adapter: with Unsloth where it runs, else with transformers + PEFT.
 
-    Both paths give the same model: bf16 (float32 on the CPU), the same LoRA settings, float32 LoRA weights. `adapter`
-    holds LoRA weights to start from. Raises UserError for a model or an adapter that does not fit."""
+    Both paths give the same model: base weights in `number_format`, the same LoRA settings, float32 LoRA weights.
+    `adapter` holds LoRA weights to start from. Raises UserError for a model or an adapter that does not fit."""
     bridge, think_prefix = attempt2_bridge(tokenizer, config)
     name, train, checkpointing = config.model.name, config.train, config.model.gradient_checkpointing
     check_length(config)
@@ -959,11 +961,18 @@ def check_length(config: Config) -> None:
         raise UserError(f"train.max_new_tokens_attempt1: {what}; lower the budgets")
 
 
+def number_format(config: Config) -> torch.dtype:
+    """model.dtype. `auto` is float16 on cards that would only emulate bfloat16, those before capability 8.0."""
+    auto = "bfloat16" if DEVICE.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    auto = "float32" if DEVICE.type == "cpu" else auto
+    return getattr(torch, auto if config.model.dtype == "auto" else config.model.dtype)
+
+
 def load_model(config: Config, use_unsloth: bool) -> tuple[Any, Callable, Callable]:
     """The PEFT model, the switch to generation, and the one to training, which is told about gradient checkpointing.
 
     Raises UserError."""
-    dtype, wanted = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16, config.model
+    dtype, wanted = number_format(config), config.model
     if wanted.load_in_4bit and DEVICE.type == "cpu":
         raise UserError("model.load_in_4bit: needs a GPU; set it to false on a CPU")
     torch.manual_seed(config.train.seed)  # LoRA's A matrices
@@ -1103,10 +1112,13 @@ def find_logit_scale(policy: Policy) -> None:
         own, again = (
             x.float().log_softmax(-1).gather(-1, torch.tensor(row[1:], device=DEVICE)[:, None]) for x in logits
         )
+        if not own.isfinite().all():
+            raise UserError(f"model.dtype: the logits of {config.model_type} are not finite in {logits[0].dtype}")
+        exact = policy.model.get_input_embeddings().weight.dtype == torch.float32
         for scale in [1.0, *(power for x in named if x for power in (x, 1 / x))]:
             policy.logit_scale = scale
             fused = completion_log_probs(policy, [[Turn(row[:1], row[1:])]], 1.0)
-            if torch.allclose(fused, own[:, 0], atol=1e-3 if DEVICE.type == "cpu" else 0.1):
+            if torch.allclose(fused, own[:, 0], atol=1e-3 if exact else 0.1):
                 return
     what = "changes its logits after the head in an unknown way" if torch.equal(own, again) else "is random in training"
     raise UserError(f"model.name: {config.model_type} {what}: unsupported")
@@ -1146,10 +1158,9 @@ def generating(policy: Policy) -> Iterator[None]:
 
 
 def autocast(policy: Policy) -> Any:
-    """bf16 arithmetic on the accelerator (LoRA weights are kept in float32), plain float32 on the CPU."""
+    """Arithmetic in the base weights' 16 bits (LoRA weights are kept in float32), or plain float32."""
     dtype = policy.model.get_input_embeddings().weight.dtype
-    mixed = DEVICE.type != "cpu" and dtype != torch.float32
-    return torch.autocast(DEVICE.type, dtype=dtype) if mixed else nullcontext()
+    return torch.autocast(DEVICE.type, dtype=dtype) if dtype.itemsize == 2 else nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------------------- a stage
