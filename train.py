@@ -46,7 +46,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
@@ -883,6 +883,7 @@ class Policy:
     for_training: Callable[[], Any]
     micro_tokens: int  # tokens of a micro-batch of the update, pads included; an out-of-memory halves it
     logit_scale: float = 1.0  # the constant by which the family multiplies the head's output
+    loss_scale: float = 1.0  # float16: a power of two above 1 by which the loss is multiplied, see `train_step`
     recompute: Callable[[], Any] | None = None  # switches gradient checkpointing on, where `auto` has left it off
     sampler: Any = None
 
@@ -925,6 +926,7 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
     to_training = partial(for_training, checkpointing is not False)
     micro_tokens = train.micro_batch_size * longest
     policy = Policy(model, tokenizer, eos, pad, bridge, think_prefix, for_generation, to_training, micro_tokens)
+    policy.loss_scale = LOSS_SCALE if model.get_input_embeddings().weight.dtype == torch.float16 else 1.0
     policy.for_training()
     find_logit_scale(policy)
     policy.sampler = make_sampler(policy, config.model.fast_inference, name)
@@ -1167,6 +1169,8 @@ def autocast(policy: Policy) -> Any:
 MAX_GRAD_NORM = 1.0
 MAX_SKIPPED_STEPS = 10  # in a row, until a run whose loss is not finite ends
 SILENT_STEPS = 3  # in a row, until a line says that nothing is learned
+LOSS_SCALE = 2.0**16  # of float16, at first and at most: a gradient of 1e-9, times this, is not rounded to 0
+log_once = cache(log)  # each message
 
 
 def train_stage(
@@ -1223,6 +1227,8 @@ def training_step(
     rows = [problem for problem in problems for _ in range(train.num_generations // corrections)]
     for group in optimizer.param_groups:
         group["lr"] = rate
+    if step % 100 == 0 and policy.loss_scale > 1:  # or one early overflow would lose small gradients for ever
+        policy.loss_scale = min(2 * policy.loss_scale, LOSS_SCALE)
     torch.manual_seed(random.Random(seed).getrandbits(31))  # LoRA dropout, and whatever else draws
     start = time.perf_counter()
     conversations = roll_out(policy, rows, config, train.generation_temperature, seed, corrections)
@@ -1371,19 +1377,27 @@ def train_step(
     """One REINFORCE step. Returns loss, KL and gradient statistics; "skipped" is True, and the weights are untouched,
     if loss or gradient is not finite. It is on-policy, so there is no importance ratio.
 
-    An out-of-memory starts the update over with half the micro-batch: nothing of the step is lost."""
+    An out-of-memory starts the update over with half the micro-batch: nothing of the step is lost. Nor by an overflow
+    of float16, which starts it over with half the loss scale; where no scale helps, the batch is at fault: it stays."""
     returns, kappas = stage_returns(stage, conversations, train)
-    credit = balanced(advantages(returns, stage, train), stage, train).float()
+    credit, scale = balanced(advantages(returns, stage, train), stage, train).float(), policy.loss_scale
     while True:
         optimizer.zero_grad(set_to_none=True)
         try:
             stats = add_gradients(policy, conversations, credit, kappas, train)
-            break
         except torch.OutOfMemoryError:
             use_less_memory(policy, max(len(c[-1].prompt) + len(c[-1].completion) for c in conversations))
-    norm = torch.nn.utils.clip_grad_norm_(policy.trainable.values(), MAX_GRAD_NORM).item()
-    loss = sum(stats["loss"])
+            continue
+        for weight in policy.trainable.values():
+            weight.grad = None if weight.grad is None else weight.grad / policy.loss_scale
+        norm = torch.nn.utils.clip_grad_norm_(policy.trainable.values(), MAX_GRAD_NORM).item()
+        loss = sum(stats["loss"])
+        if math.isfinite(norm) or not math.isfinite(loss) or policy.loss_scale <= 2:
+            break
+        policy.loss_scale /= 2
+        log_once("A gradient overflowed float16: the loss is scaled by half as much and the update done again.")
     skipped = not (math.isfinite(loss) and math.isfinite(norm))
+    policy.loss_scale = scale if skipped else policy.loss_scale
     if not skipped:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -1432,7 +1446,7 @@ def add_gradients(
         advantage, kappa = weights  # [N] each
         kl = k3(log_probs, reference_log_probs)
         loss = kappa * kl - advantage * log_probs
-        loss.sum().backward()
+        (policy.loss_scale * loss.sum()).backward()
         sampled = torch.tensor([p for c in chosen for turn in c for p in turn.log_probs], device=DEVICE)
         drift = (log_probs.detach() - sampled).abs() if len(sampled) else torch.zeros_like(log_probs)
         whose = torch.arange(turns).repeat(len(chosen)).repeat_interleave(lengths).to(DEVICE)
@@ -1764,6 +1778,7 @@ class Run:
         newest keeps the optimizer's state."""
         folder = self.folder / f"stage{stage}" / (f"step_{step}" if optimizer else "")
         self.state |= {"stage": stage, "step": step, "finished": optimizer is None, "adapter": None}
+        self.state["loss_scale"] = policy.loss_scale
         card = reports.model_card(self.config, self.events("eval"), folder)
         save_checkpoint(policy, folder, self.note_state(), optimizer, card)
         self.checkpoint = folder
@@ -1792,6 +1807,7 @@ def open_run(args: Namespace, config: Config, checkpoint: Path | None, marks: di
     folder = run_folder(config)
     state = {"stage": args.start_stage, "step": 0, "finished": False, "logs": {}, "marks": marks, "seconds": 0.0}
     state = read_state(checkpoint) if checkpoint else state
+    policy.loss_scale = state.get("loss_scale", policy.loss_scale)
     with writing(folder):
         folder.mkdir(exist_ok=True)
         clear(folder, checkpoint)

@@ -77,6 +77,7 @@ def test_base_weights_of_16_bits_on_a_cpu(make_policy: Callable[..., Any], dtype
     held = {"lora" if "lora_" in name else "base": weight.dtype for name, weight in policy.model.named_parameters()}
     assert held == {"lora": torch.float32, "base": getattr(torch, dtype)}
     assert policy.sampler.name == "the built-in decoder"
+    assert policy.loss_scale == (train.LOSS_SCALE if dtype == "float16" else 1)
 
 
 def test_a_model_that_overflows_float16_is_refused(tiny_dir: Path, tmp_path: Path, make_policy: Callable) -> None:
