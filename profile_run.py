@@ -68,11 +68,12 @@ def run_line(policy: Any, config: Any, device: str, train: int, test: int, steps
     """What the terminal shows of a run before its first evaluation."""
     wrapped = sum(hasattr(module, "lora_A") for module in policy.model.modules())
     weights = sum(weight.numel() for weight in policy.trainable.values())
+    numbers = str(policy.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     return (
-        f"{config.run_name}: {config.model.name} on {device}, LoRA on {wrapped} modules, {weights:,} trainable "
-        f"parameters; {train} train and {test} test examples, {steps[1]} + {steps[2]} steps. Figures read attempt 1 / "
-        f"attempt 2: of training they are sampled at temperature {config.train.generation_temperature:g}, of "
-        f"evaluations {decoding(config)}. kl is K3 a token; without signal: problems whose rollouts all earn alike."
+        f"{config.run_name}: {config.model.name} in {numbers} on {device}, LoRA on {wrapped} modules, {weights:,} "
+        f"trainable parameters; {train} train and {test} test examples, {steps[1]} + {steps[2]} steps. Figures read "
+        f"attempt 1 / attempt 2: of training they are sampled at temperature {config.train.generation_temperature:g}, "
+        f"of evaluations {decoding(config)}. kl is K3 a token; without signal: problems whose rollouts all earn alike."
     )
 
 

@@ -46,7 +46,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
@@ -98,6 +98,7 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     name: PathText = key(..., "hub id or local folder; with the adapter off it is the reference policy")
     max_seq_length: int | None = key(None, "tokens of a whole conversation; null: computed from the budgets", ge=8)
+    dtype: Literal["auto", "bfloat16", "float16"] = key("auto", "bfloat16, or float16 on cards without; CPU: float32")
     load_in_4bit: bool = key(False, "4-bit base weights: a bigger model on the same card")
     chat_template: str | None = key(None, "Jinja file or template; null or empty: the tokenizer's own")
     chat_template_kwargs: dict[str, Any] = key({}, "variables for the template, such as enable_thinking: true")
@@ -838,6 +839,7 @@ def fingerprints(data: Splits, bridge: list[int], config: Config) -> dict[str, s
         "rendered prompts.self_correction": bridge,
         "code of reward.module or reward_function": code,
     }
+    marked["number format of model.dtype"] = number_format(config)
     marked["train.py"] = Path(__file__).read_text("latin-1")
     texts = {name: json.dumps(thing, default=str) for name, thing in marked.items()}
     return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
@@ -885,6 +887,7 @@ class Policy:
     for_training: Callable[[], Any]
     micro_tokens: int  # tokens of a micro-batch of the update, pads included; an out-of-memory halves it
     logit_scale: float = 1.0  # the constant by which the family multiplies the head's output
+    loss_scale: float = 1.0  # float16: a power of two above 1 by which the loss is multiplied, see `train_step`
     recompute: Callable[[], Any] | None = None  # switches gradient checkpointing on, where `auto` has left it off
     sampler: Any = None
 
@@ -901,8 +904,8 @@ def reference(policy: Policy) -> Any:
 def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use_unsloth: bool | None = None) -> Policy:
     """Loads base model and LoRA adapter: with Unsloth where it serves, else with transformers + PEFT.
 
-    Both paths give the same model: bf16 (float32 on the CPU), the same LoRA settings, float32 LoRA weights. `adapter`
-    holds LoRA weights to start from. Raises UserError for a model or an adapter that does not fit."""
+    Both paths give the same model: base weights in `number_format`, the same LoRA settings, float32 LoRA weights.
+    `adapter` holds LoRA weights to start from. Raises UserError for a model or an adapter that does not fit."""
     bridge, think_prefix = attempt2_bridge(tokenizer, config)
     name, train, checkpointing = config.model.name, config.train, config.model.gradient_checkpointing
     check_length(config)
@@ -926,6 +929,7 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
     to_training = partial(for_training, checkpointing is not False)
     micro_tokens = train.micro_batch_size * longest
     policy = Policy(model, tokenizer, eos, pad, bridge, think_prefix, for_generation, to_training, micro_tokens)
+    policy.loss_scale = LOSS_SCALE if model.get_input_embeddings().weight.dtype == torch.float16 else 1.0
     policy.for_training()
     find_logit_scale(policy)
     policy.sampler = make_sampler(policy, config.model.fast_inference, name)
@@ -970,11 +974,18 @@ def check_length(config: Config) -> None:
         raise UserError(f"train.max_new_tokens_attempt1: {what}; lower the budgets")
 
 
+def number_format(config: Config) -> torch.dtype:
+    """model.dtype. `auto` is float16 on cards that would only emulate bfloat16, those before capability 8.0."""
+    auto = "bfloat16" if DEVICE.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    auto = "float32" if DEVICE.type == "cpu" else auto
+    return getattr(torch, auto if config.model.dtype == "auto" else config.model.dtype)
+
+
 def load_model(config: Config, use_unsloth: bool) -> tuple[Any, Callable, Callable]:
     """The PEFT model, the switch to generation, and the one to training, which is told about gradient checkpointing.
 
     Raises UserError."""
-    dtype, wanted = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16, config.model
+    dtype, wanted = number_format(config), config.model
     if wanted.load_in_4bit and DEVICE.type == "cpu":
         raise UserError("model.load_in_4bit: needs a GPU; set it to false on a CPU")
     torch.manual_seed(config.train.seed)  # LoRA's A matrices
@@ -1114,10 +1125,13 @@ def find_logit_scale(policy: Policy) -> None:
         own, again = (
             x.float().log_softmax(-1).gather(-1, torch.tensor(row[1:], device=DEVICE)[:, None]) for x in logits
         )
+        if not own.isfinite().all():
+            raise UserError(f"model.dtype: the logits of {config.model_type} are not finite in {logits[0].dtype}")
+        exact = policy.model.get_input_embeddings().weight.dtype == torch.float32
         for scale in [1.0, *(power for x in named if x for power in (x, 1 / x))]:
             policy.logit_scale = scale
             fused = completion_log_probs(policy, [[Turn(row[:1], row[1:])]], 1.0)
-            if torch.allclose(fused, own[:, 0], atol=1e-3 if DEVICE.type == "cpu" else 0.1):
+            if torch.allclose(fused, own[:, 0], atol=1e-3 if exact else 0.1):
                 return
     what = "changes its logits after the head in an unknown way" if torch.equal(own, again) else "is random in training"
     raise UserError(f"model.name: {config.model_type} {what}: unsupported")
@@ -1157,16 +1171,17 @@ def generating(policy: Policy) -> Iterator[None]:
 
 
 def autocast(policy: Policy) -> Any:
-    """bf16 arithmetic on the accelerator (LoRA weights are kept in float32), plain float32 on the CPU."""
+    """Arithmetic in the base weights' 16 bits (LoRA weights are kept in float32), or plain float32."""
     dtype = policy.model.get_input_embeddings().weight.dtype
-    mixed = DEVICE.type != "cpu" and dtype != torch.float32
-    return torch.autocast(DEVICE.type, dtype=dtype) if mixed else nullcontext()
+    return torch.autocast(DEVICE.type, dtype=dtype) if dtype.itemsize == 2 else nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------------------- a stage
 MAX_GRAD_NORM = 1.0
 MAX_SKIPPED_STEPS = 10  # in a row, until a run whose loss is not finite ends
 SILENT_STEPS = 3  # in a row, until a line says that nothing is learned
+LOSS_SCALE = 2.0**16  # of float16, at first and at most: a gradient of 1e-9, times this, is not rounded to 0
+log_once = cache(log)  # each message
 
 
 def train_stage(
@@ -1223,6 +1238,8 @@ def training_step(
     rows = [problem for problem in problems for _ in range(train.num_generations // corrections)]
     for group in optimizer.param_groups:
         group["lr"] = rate
+    if step % 100 == 0 and policy.loss_scale > 1:  # or one early overflow would lose small gradients for ever
+        policy.loss_scale = min(2 * policy.loss_scale, LOSS_SCALE)
     torch.manual_seed(random.Random(seed).getrandbits(31))  # LoRA dropout, and whatever else draws
     start = time.perf_counter()
     conversations = roll_out(policy, rows, config, train.generation_temperature, seed, corrections)
@@ -1371,19 +1388,27 @@ def train_step(
     """One REINFORCE step. Returns loss, KL and gradient statistics; "skipped" is True, and the weights are untouched,
     if loss or gradient is not finite. It is on-policy, so there is no importance ratio.
 
-    An out-of-memory starts the update over with half the micro-batch: nothing of the step is lost."""
+    An out-of-memory starts the update over with half the micro-batch: nothing of the step is lost. Nor by an overflow
+    of float16, which starts it over with half the loss scale; where no scale helps, the batch is at fault: it stays."""
     returns, kappas = stage_returns(stage, conversations, train)
-    credit = balanced(advantages(returns, stage, train), stage, train).float()
+    credit, scale = balanced(advantages(returns, stage, train), stage, train).float(), policy.loss_scale
     while True:
         optimizer.zero_grad(set_to_none=True)
         try:
             stats = add_gradients(policy, conversations, credit, kappas, train)
-            break
         except torch.OutOfMemoryError:
             use_less_memory(policy, max(len(c[-1].prompt) + len(c[-1].completion) for c in conversations))
-    norm = torch.nn.utils.clip_grad_norm_(policy.trainable.values(), MAX_GRAD_NORM).item()
-    loss = sum(stats["loss"])
+            continue
+        for weight in policy.trainable.values():
+            weight.grad = None if weight.grad is None else weight.grad / policy.loss_scale
+        norm = torch.nn.utils.clip_grad_norm_(policy.trainable.values(), MAX_GRAD_NORM).item()
+        loss = sum(stats["loss"])
+        if math.isfinite(norm) or not math.isfinite(loss) or policy.loss_scale <= 2:
+            break
+        policy.loss_scale /= 2
+        log_once("A gradient overflowed float16: the loss is scaled by half as much and the update done again.")
     skipped = not (math.isfinite(loss) and math.isfinite(norm))
+    policy.loss_scale = scale if skipped else policy.loss_scale
     if not skipped:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -1432,7 +1457,7 @@ def add_gradients(
         advantage, kappa = weights  # [N] each
         kl = k3(log_probs, reference_log_probs)
         loss = kappa * kl - advantage * log_probs
-        loss.sum().backward()
+        (policy.loss_scale * loss.sum()).backward()
         sampled = torch.tensor([p for c in chosen for turn in c for p in turn.log_probs], device=DEVICE)
         drift = (log_probs.detach() - sampled).abs() if len(sampled) else torch.zeros_like(log_probs)
         whose = torch.arange(turns).repeat(len(chosen)).repeat_interleave(lengths).to(DEVICE)
@@ -1517,17 +1542,19 @@ class LinearLogProb(torch.autograd.Function):
             log_p = (logits * factor if factor != 1 else logits).log_softmax(1)
             log_probs[chunk] = log_p.gather(1, targets[chunk, None])[:, 0]
             if direction is not None:
-                # softmax - onehot in float32 first: where the target is nearly sure, bf16 would lose the difference
+                # softmax - onehot in float32 first: where the target is nearly sure, bf16 would lose the difference.
+                # 2**10: float16 would round a small one to 0.
                 away = log_p.exp_().scatter_add_(1, targets[chunk, None], -torch.ones_like(log_p[:, :1]))
                 away = away.mul_(slope) if cap else away
-                direction[chunk] = (away.to(weight.dtype) @ weight) * (-scale / temperature)
+                direction[chunk] = torch.mul(away, 2**10, out=torch.empty_like(away, dtype=weight.dtype)) @ weight
         ctx.save_for_backward(direction)
+        ctx.factor = -scale / temperature / 2**10
         return log_probs
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor):
         (direction,) = ctx.saved_tensors
-        return gradient[:, None].to(direction.dtype) * direction, *[None] * 6
+        return (gradient[:, None] * ctx.factor * direction).to(direction.dtype), *[None] * 6  # in float32 until here
 
 
 def k3(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
@@ -1762,6 +1789,7 @@ class Run:
         newest keeps the optimizer's state."""
         folder = self.folder / f"stage{stage}" / (f"step_{step}" if optimizer else "")
         self.state |= {"stage": stage, "step": step, "finished": optimizer is None, "adapter": None}
+        self.state["loss_scale"] = policy.loss_scale
         card = reports.model_card(self.config, self.events("eval"), folder)
         save_checkpoint(policy, folder, self.note_state(), optimizer, card)
         self.checkpoint = folder
@@ -1790,6 +1818,7 @@ def open_run(args: Namespace, config: Config, checkpoint: Path | None, marks: di
     folder = run_folder(config)
     state = {"stage": args.start_stage, "step": 0, "finished": False, "logs": {}, "marks": marks, "seconds": 0.0}
     state = read_state(checkpoint) if checkpoint else state
+    policy.loss_scale = state.get("loss_scale", policy.loss_scale)
     with writing(folder):
         folder.mkdir(exist_ok=True)
         clear(folder, checkpoint)

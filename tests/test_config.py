@@ -54,6 +54,7 @@ BAD_VALUES = {
     "train.baseline": ["batch"], "train.length_norm": ["token"], "eval.generation_temperature": [-1.0],
     "eval.max_examples": [0], "model.name": ["", 3], "model.load_in_4bit": ["yes", 1], "model.max_seq_length": [7],
     "model.gradient_checkpointing": ["unslot"], "model.fast_inference_gpu_mem": [1.5], "model.lora.rank": [8],
+    "model.dtype": ["float32", 16, None],
     "model.lora.dropout": [1.0], "model.lora.target_modules": ["q_proj", []], "dataset.input_field": [None],
     "dataset.test_split_size": [0], "prompts.self_correction": [""], "prompts.examples": [{"input": "1+1=?"}],
     "reward.fn": ["format_and_mach", "no_such_package.right", "trl.rewards.a b", [], ["exact_match", "nope"], 5],
@@ -73,6 +74,7 @@ BAD = [  # (changes, the key that the line must name, what the line must also sa
     ({"modle": {}}, "modle", "did you mean model?"), ({"train.lora": {"r": 8}}, "train.lora", "model.lora"),
     ({"learning_rate": 1e-5}, "learning_rate", "train.learning_rate"),
     ({"train.baseline": "leave-one-out"}, "train.baseline", "did you mean leave_one_out?"),
+    ({"model.dtype": "half"}, "model.dtype", "'auto', 'bfloat16' or 'float16'"),
     ({"reward.fn": "format_and_mach"}, "reward.fn", "did you mean format_and_match"),
     ({"reward.answer_extractor": "gsm8k"}, "reward.answer_extractor", "did you mean gsm8k_hash"),
     # between keys

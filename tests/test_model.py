@@ -60,6 +60,35 @@ def test_policy_starts_as_its_reference_and_keeps_lora_in_float32(make_policy: C
     assert not torch.allclose(moved, logits_of(base, ROW), atol=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "device", "native", "found"),
+    [("auto", "cpu", True, "float32"), ("auto", "cuda", True, "bfloat16"), ("auto", "cuda", False, "float16"),
+     ("auto", "xpu", False, "bfloat16"), ("bfloat16", "cuda", False, "bfloat16"), ("float16", "cpu", True, "float16")],
+)  # fmt: skip
+def test_number_format_is_what_the_card_computes(make_config, monkeypatch, wanted, device, native, found) -> None:
+    monkeypatch.setattr(train, "DEVICE", torch.device(device))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or native)
+    assert str(train.number_format(make_config({"model.dtype": wanted}))) == f"torch.{found}"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_base_weights_of_16_bits_on_a_cpu(make_policy: Callable[..., Any], dtype: str) -> None:
+    policy, _ = make_policy({"model.dtype": dtype})
+    held = {"lora" if "lora_" in name else "base": weight.dtype for name, weight in policy.model.named_parameters()}
+    assert held == {"lora": torch.float32, "base": getattr(torch, dtype)}
+    assert policy.sampler.name == "the built-in decoder"
+    assert policy.loss_scale == (train.LOSS_SCALE if dtype == "float16" else 1)
+
+
+def test_a_model_that_overflows_float16_is_refused(tiny_dir: Path, tmp_path: Path, make_policy: Callable) -> None:
+    folder = shutil.copytree(tiny_dir, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] *= 1e6
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(train.UserError, match="model.dtype"):
+        make_policy({"model.name": str(folder), "model.dtype": "float16"})
+
+
 def test_generation_config_keeps_token_ids_and_nothing_else(make_policy: Callable[..., Any]) -> None:
     """The tests' model asks for top_k 5, top_p .5 and a repetition penalty, as real ones do."""
     policy, _ = make_policy()

@@ -582,6 +582,90 @@ def test_out_of_memory_starts_the_update_over_with_smaller_micro_batches(scene, 
     assert_untouched(scene.policy, before)
 
 
+# ----------------------------------------------------------------------------------------------------------- float16
+
+
+@pytest.fixture(scope="module")
+def half(shared_scene: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The scene's policy with base weights in float16."""
+    name = shared_scene.policy.model.peft_config["default"].base_model_name_or_path
+    tree = tiny_config(Path(name), Path("data"), tmp_path_factory.mktemp("half"))
+    config = train.check_config(with_keys(tree, SCENE | {"model.dtype": "float16"}))
+    policy = train.load_policy(config, train.load_tokenizer(config))
+    perturb(policy, 0.05)
+    return policy
+
+
+@pytest.fixture
+def earning(scene: Any, half: Any) -> Callable:
+    """earning(reward, scale) -> the gradient and update of float32 and of float16 where rewards are so large."""
+    train.log_once.cache_clear()
+    keys = keys_of({"beta1": 0.0, "beta2": 0.0})
+
+    def both(reward: float, scale: float = train.LOSS_SCALE) -> tuple:
+        conversations, half.loss_scale = copy.deepcopy(scene.conversations), scale
+        for turn in turns_of(conversations):
+            turn.reward *= reward
+        return *step_gradient(scene.policy, conversations, 2, keys), *step_gradient(half, conversations, 2, keys)
+
+    return both
+
+
+def off(mine: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((mine - exact).norm() / exact.norm()).item()
+
+
+def test_float16_gradient_is_that_of_float32_also_where_it_is_tiny(earning, half):
+    """Without the scale gradients of 1e-9 are lost; loss and norm are reported without it."""
+    exact, wanted, mine, update = earning(1.0)
+    assert off(mine, exact) < 0.01
+    assert [update["loss"], update["grad_norm"]] == pytest.approx([wanted["loss"], wanted["grad_norm"]], rel=0.02)
+    tiny = 1e-9 / exact.abs().median().item()
+    exact, _, mine, _ = earning(tiny)
+    assert exact.abs().median().item() == pytest.approx(1e-9, rel=0.01) and off(mine, exact) < 0.1
+    exact, _, mine, _ = earning(tiny, 1.0)
+    assert off(mine, exact) > 0.5
+
+
+def test_float16_overflow_halves_the_scale_and_does_the_step_again(earning, half, capsys):
+    for _ in range(2):
+        exact, _, mine, update = earning(1e4)
+        assert (math.frexp(half.loss_scale)[0], update["skipped"]) == (0.5, False)
+        assert 1 < half.loss_scale < train.LOSS_SCALE and off(mine, exact) < 0.01
+    assert capsys.readouterr().out.count("overflow") == 1, "said once"
+
+
+def test_float16_gives_up_where_no_scale_helps(half):
+    """The step is skipped, and the scale is not to blame."""
+    before, tried, half.loss_scale = weights_of(half), [], 8.0
+    hook = next(iter(half.trainable.values())).register_hook(lambda g: tried.append(half.loss_scale) or g * math.nan)
+    half.micro_tokens = 10**6
+    assert train.train_step(half, adam(half), conversations_of(half), 2, keys_of())["skipped"] is True
+    hook.remove()
+    assert (tried, half.loss_scale) == ([8.0, 4.0, 2.0], 8.0)
+    assert_untouched(half, before)
+
+
+def test_float16_scale_grows_back_every_hundredth_step(half, make_config, monkeypatch):
+    monkeypatch.setattr(train, "roll_out", lambda *_: conversations_of(half))
+    monkeypatch.setattr(train, "LOSS_SCALE", 16.0)
+    recorder, scales, half.loss_scale = Recorder(half.trainable.values()), [], 8.0
+    for step in (99, 100, 101, 200):
+        train.training_step(half, recorder, [None] * ROWS, 2, step, 0.01, make_config(SCENE))
+        scales.append(half.loss_scale)
+    assert scales == [8, 16, 16, 16]
+
+
+@pytest.mark.parametrize(("logit", "incoming"), [(16.0, 1e6), (0.0, 1e-5)])
+def test_linear_log_prob_in_float16_keeps_large_and_small_gradients(logit, incoming):
+    """1 - p of 1e-7, times a weight of the loss that float16 does not hold; or a weight that is small itself."""
+    hidden = torch.tensor([[logit, 0.0, 0.0]], dtype=torch.float16, requires_grad=True)
+    log_prob = train.LinearLogProb.apply(hidden, torch.eye(3).half(), None, torch.tensor([0]), 1.0, None, 1.0)
+    (found,) = torch.autograd.grad(log_prob, hidden, torch.tensor([incoming]))
+    exact = incoming * (torch.tensor([1.0, 0, 0]) - hidden[0].detach().double().softmax(0))
+    torch.testing.assert_close(found[0].double(), exact, rtol=0.1, atol=0)
+
+
 # ---------------------------------------------------------------------------------------------------- a step, a stage
 
 

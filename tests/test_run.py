@@ -487,6 +487,30 @@ def test_resume_refuses_a_key_that_changes_a_number(short_run, finished, tmp_pat
     assert contents(finished) == before
 
 
+def test_a_resumed_run_in_float16_keeps_its_loss_scale(short_run, tmp_path):
+    """It overflows at first. LoRA dropout draws at each try, so a scale that was lost would change the numbers."""
+    places = whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for place in places:
+        place.mkdir()
+
+    def overflows(then: Callable[[], Any] = quickly) -> Callable[[], None]:
+        return lambda: (setattr(train, "LOSS_SCALE", 2.0**30), train.log_once.cache_clear(), then())
+
+    def command(place: Path, *flags: str) -> list[str]:
+        return short_run(place, "model.dtype=float16", *flags)
+
+    done = run(command(whole), whole, overflows())
+    assert (done.code, done.out.count("overflow"), "in float16" in done.out) == (0, 1, True), done.err
+    scale = train.read_state(whole / "run" / "stage2")["loss_scale"]
+    assert 1 < scale < 2**30
+    assert run(command(killed), killed, overflows(at((1, 3), send(signal.SIGKILL)))).code == -signal.SIGKILL
+    other_card = run(command(killed, "--resume"), killed, lambda: wrap(train, "number_format", lambda *_: "bfloat16"))
+    assert_refused(other_card, "--resume", "model.dtype")
+    assert run(command(killed, "--resume"), killed, overflows()).code == 0, output(killed / "log")
+    assert train.read_state(killed / "run" / "stage2")["loss_scale"] == scale
+    assert_same_ending(killed / "run", SimpleNamespace(ending=ending(whole / "run")), "float16")
+
+
 OWN_REWARD = """
 from reward_function import register_reward
 @register_reward("own")
