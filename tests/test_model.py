@@ -173,7 +173,7 @@ TARGETS = [  # (family, names as a config gives them, what LoRA gets, layers tha
     ("granite4", ["in_proj", "q_proj", "k_proj", "v_proj", "o_proj"], "in_proj q_proj k_proj v_proj o_proj", "input_"),
 ]  # fmt: skip
 NO_TARGETS = [  # (family, names, those that it lacks, what it has)
-    ("qwen3", ["embed_tokens", "q_porj", "q_proj", "lm_head"], "embed_tokens, q_porj, lm_head", "down_proj, gate_proj,"),
+    ("qwen3", ["embed_tokens", "q_porj", "q_proj", "lm_head"], "embed_tokens, q_porj, lm_head", "down_proj, gate_"),
     ("llama3", "proj", "proj", "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj;"),
     ("glm4-moe", ["q_proj", "gate_proj"], "gate_proj", "k_proj, o_proj, q_proj, v_proj;"),
     ("nemotron-h", ["out_proj"], "out_proj", "down_proj, in_proj, k_proj, "),
