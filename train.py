@@ -1050,7 +1050,8 @@ def lora_settings(base: Any, config: Config) -> dict[str, Any]:
     layers = [f".{path}" for path, layer in base.named_modules() if isinstance(layer, linear) and layer is not head]
     # Three kinds cannot have an adapter: a router; a shared expert, of which PEFT makes adapters of all experts, which
     # cannot be loaded again; Mamba's out_proj, whose weight a fused kernel reads past its adapter.
-    experts = tuple(f".{path}." for path, block in base.named_modules() if hasattr(block, "experts"))
+    sparse = (path for path, m in base.named_modules() if hasattr(m, "experts") and not hasattr(m, "self_attn"))
+    experts = tuple(f".{path}." for path in sparse)
     mamba = {f".{path}.out_proj" for path, m in base.named_modules() if hasattr(m, "A_log") and hasattr(m, "in_proj")}
     cannot = {path for path in layers if ".router." in path or path in mamba or experts and path.startswith(experts)}
     every, cannot = ({path.rpartition(".")[2] for path in paths} for paths in (layers, cannot))

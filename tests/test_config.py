@@ -55,7 +55,7 @@ BAD_VALUES = {
     "eval.max_examples": [0], "model.name": ["", 3], "model.load_in_4bit": ["yes", 1], "model.max_seq_length": [7],
     "model.gradient_checkpointing": ["unslot"], "model.fast_inference_gpu_mem": [1.5], "model.lora.rank": [8],
     "model.dtype": ["float32", 16, None],
-    "model.lora.dropout": [1.0], "model.lora.target_modules": ["q_proj", []], "dataset.input_field": [None],
+    "model.lora.dropout": [1.0], "model.lora.target_modules": [5, []], "dataset.input_field": [None],
     "dataset.test_split_size": [0], "prompts.self_correction": [""], "prompts.examples": [{"input": "1+1=?"}],
     "reward.fn": ["format_and_mach", "no_such_package.right", "trl.rewards.a b", [], ["exact_match", "nope"], 5],
     "reward.weights": ["high"], "reward.columns": ["solution"], "reward.answer_extractor": ["gsm8k"],
@@ -281,7 +281,7 @@ def make_adapter(folder: Path, raw: dict[str, Any], **changes: Any) -> Path:
     """A folder whose adapter_config.json fits the config but for `changes`."""
     lora = raw["model"]["lora"]
     saved = {"base_model_name_or_path": raw["model"]["name"], "r": lora["r"], "lora_alpha": lora["alpha"]}
-    saved |= {"target_modules": train.Projections[::-1]} | changes
+    saved |= {"target_modules": ["v_proj", "q_proj"]} | changes
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(saved))
     return folder
@@ -299,6 +299,7 @@ BAD_ADAPTERS = [  # (what its adapter_config.json says, the word that the line m
 def test_check_adapter_refuses(raw_config: dict, config_file: Path, tmp_path: Path, changes: dict, says: str) -> None:
     adapter = make_adapter(tmp_path / "adapter", raw_config, **changes)
     flags = ["--config", str(config_file), "--start-stage", "2", "--resume-adapter", str(adapter)]
+    flags += ["--set", "model.lora.target_modules=[q_proj, v_proj]"]
     (line,) = refusal(train.parse_command_line, flags)
     assert line.startswith(f"--resume-adapter {adapter}: ")
     assert says in line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -11,31 +12,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import END_OF_TEXT, IM_END, build_model, build_tokenizer, perturb
+from conftest import END_OF_TEXT, IM_END, build_model, build_tokenizer, perturb, with_keys
 from safetensors.torch import load_file, save_file
+from test_families import FAMILIES, build, close, tiny
 
 import train
-
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-}
-
-
-def save_model(folder: Path, config: Any) -> Path:
-    """A random model of any architecture with the tests' tokenizer."""
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer()
-    config.vocab_size, config.eos_token_id = len(tokenizer), tokenizer.eos_token_id
-    config.pad_token_id = tokenizer.pad_token_id
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def logits_of(model: Any, row: list[int]) -> torch.Tensor:
@@ -45,6 +26,7 @@ def logits_of(model: Any, row: list[int]) -> torch.Tensor:
 
 
 ROW = [20, 30, 40, 50, 60, 33]
+EVERY = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
 
 def test_policy_starts_as_its_reference_and_keeps_lora_in_float32(make_policy: Callable[..., Any]) -> None:
@@ -141,6 +123,15 @@ def test_load_adapter_gives_the_saved_policy(
     perturb(fresh)
     assert torch.equal(logits_of(saved.model, ROW), logits_of(fresh.model, ROW))
     train.check_adapter(adapter, make_config())
+    train.check_adapter(adapter, make_config({"model.lora.target_modules": EVERY[::-1]}))
+
+
+def test_an_adapter_of_fewer_layers_does_not_fit_all_linear(make_policy: Callable[..., Any], tmp_path: Path) -> None:
+    policy, config = make_policy({"model.lora.target_modules": "q_proj"})
+    train.save_checkpoint(policy, tmp_path / "stage1", {}, None, "card")
+    train.check_adapter(tmp_path / "stage1", config)
+    with pytest.raises(train.UserError, match="stage1: is of another base model: .*down_proj.*"):
+        make_policy(adapter=tmp_path / "stage1")
 
 
 @pytest.mark.parametrize("damage", ["nan", "cut", "shape", "missing"])
@@ -171,7 +162,7 @@ def test_check_adapter_names_what_differs(
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
     with pytest.raises(train.UserError, match="--resume-adapter"):
-        train.check_adapter(adapter, make_config())
+        train.check_adapter(adapter, make_config({"model.lora.target_modules": EVERY}))
 
 
 def test_merged_model_gives_the_adapters_logits(make_policy: Callable[..., Any], adapter: Path, tmp_path: Path) -> None:
@@ -187,22 +178,90 @@ def test_merged_model_gives_the_adapters_logits(make_policy: Callable[..., Any],
 # ---- what is refused
 
 
-def test_logits_that_change_after_the_head_are_refused(tmp_path: Path, make_policy: Callable[..., Any]) -> None:
-    folder = save_model(tmp_path / "granite", transformers.GraniteConfig(**SHAPE, logits_scaling=4.0))
-    with pytest.raises(train.UserError, match="granite"):
-        make_policy({"model.name": str(folder)})
+def test_logits_that_change_after_the_head_in_an_unknown_way_are_refused(
+    monkeypatch: pytest.MonkeyPatch, make_policy: Callable[..., Any]
+) -> None:
+    whole = transformers.Qwen3ForCausalLM.forward
+
+    def bent(model: Any, *args: Any, **kwargs: Any) -> Any:
+        made = whole(model, *args, **kwargs)
+        made.logits = made.logits.sin()
+        return made
+
+    monkeypatch.setattr(transformers.Qwen3ForCausalLM, "forward", bent)
+    with pytest.raises(train.UserError, match="qwen3 changes its logits after the head in an unknown way"):
+        make_policy()
 
 
-def test_missing_target_modules_are_all_named_beside_those_there(make_policy: Callable[..., Any]) -> None:
-    with pytest.raises(train.UserError, match="model.lora.target_modules") as found:
-        make_policy({"model.lora.target_modules": ["q_proj", "Wqkv", "out_proj"]})
-    for name in ("Wqkv", "out_proj", "gate_proj", "k_proj"):
-        assert name in str(found.value)
+TARGETS = [  # (family, names as a config gives them, what LoRA gets, layers that a line names as being without)
+    ("qwen3.5", ["q_proj", "all-linear"], "down_proj gate_proj in_proj_a in_proj_b in_proj_qkv in_proj_z k_proj o_proj "
+     "out_proj q_proj up_proj v_proj", ""),
+    ("qwen3.5", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "mlp.up_proj", "down_proj", "q_proj"],
+     "q_proj k_proj v_proj o_proj gate_proj mlp.up_proj down_proj", "in_proj_a, in_proj_b, in_proj_qkv, in_proj_z"),
+    ("gpt2", "c_attn", "c_attn", "c_fc, c_proj."),
+    ("granite4", ["in_proj", "q_proj", "k_proj", "v_proj", "o_proj"], "in_proj q_proj k_proj v_proj o_proj", "input_"),
+]  # fmt: skip
+NO_TARGETS = [  # (family, names, those that it lacks, what it has)
+    ("qwen3", ["embed_tokens", "q_porj", "q_proj", "lm_head"], "embed_tokens, q_porj, lm_head", "down_proj, gate_"),
+    ("llama3", "proj", "proj", "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj;"),
+    ("glm4-moe", ["q_proj", "gate_proj"], "gate_proj", "k_proj, o_proj, q_proj, v_proj;"),
+    ("nemotron-h", ["out_proj"], "out_proj", "down_proj, in_proj, k_proj, "),
+]  # fmt: skip
 
 
-def test_an_adapted_head_is_refused(make_policy: Callable[..., Any]) -> None:
-    with pytest.raises(train.UserError, match="lm_head"):
-        make_policy({"model.lora.target_modules": ["q_proj", "lm_head"]})
+def targets(raw: dict[str, Any], family: str, wanted: Any) -> str:
+    """The layers that LoRA gets."""
+    config = train.check_config(with_keys(raw, {"model.lora.target_modules": wanted}))
+    base = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]))
+    return " ".join(train.lora_settings(base, config)["target_modules"])
+
+
+@pytest.mark.parametrize(("family", "wanted", "got", "without"), TARGETS)
+def test_targets(raw_config: dict, monkeypatch: Any, family: str, wanted: Any, got: str, without: str) -> None:
+    """A list that leaves layers out says so in a line."""
+    lines: list[str] = []
+    monkeypatch.setattr(train, "log", lines.append)
+    assert targets(raw_config, family, wanted) == got
+    assert len(lines) == bool(without)
+    assert "".join(lines).startswith(f"Without LoRA: {without}" if without else "")
+
+
+@pytest.mark.parametrize(("family", "wanted", "lacks", "has"), NO_TARGETS)
+def test_targets_that_a_model_lacks(raw_config: dict, family: str, wanted: Any, lacks: str, has: str) -> None:
+    with pytest.raises(train.UserError) as refused:
+        targets(raw_config, family, wanted)
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith("model.lora.target_modules: ")
+    assert f" has no {lacks} that LoRA can train; it has {has}" in line
+
+
+LIMITS = {"gpt2": 256, "opt": 256, "llama3": 256, "qwen3.5-vision": 256, "phi3-longrope": 128, "dynamic": 80}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+OTHERS = {"dynamic": tiny("Llama", max_position_embeddings=80, rope_parameters=DYNAMIC)}
+
+
+@pytest.mark.parametrize(("name", "limit"), LIMITS.items())
+def test_conversations_end_where_positions_do(raw_config: dict, tmp_path: Path, name: str, limit: int) -> None:
+    (FAMILIES | OTHERS)[name].save_pretrained(tmp_path)
+    raw = with_keys(raw_config, {"model.name": str(tmp_path), "train.max_prompt_length_attempt1": 20})
+    fits, long = (
+        train.check_config(with_keys(raw, {"train.max_prompt_length_attempt2": n - 12})) for n in (limit, limit + 1)
+    )  # attempt 2 may take 12 tokens
+    train.check_length(fits)
+    says = (
+        f"^train.max_new_tokens_attempt1: a conversation can take {limit + 1} tokens, and .* exact up to {limit}; low"
+    )
+    with pytest.raises(train.UserError, match=says):
+        train.load_policy(long, build_tokenizer())
+
+
+@pytest.mark.parametrize("name", ["phi3-longrope", "dynamic"])
+def test_a_tokens_place_does_not_depend_on_its_rows_length(name: str, tmp_path: Path) -> None:
+    model, ids = build((FAMILIES | OTHERS)[name], tmp_path), torch.arange(200)[None] % 100
+    with torch.no_grad():
+        assert (model(ids).logits[:, :20] - model(ids[:, :20]).logits).abs().max() > 0.01
+        train.still(model)
+        torch.testing.assert_close(model(ids).logits[:, :20], model(ids[:, :20]).logits, **close)
 
 
 def test_weights_that_are_missing_are_refused(tiny_dir: Path, tmp_path: Path, make_policy: Callable[..., Any]) -> None:

@@ -89,20 +89,25 @@ def test_completion_log_probs_equal_plain_log_softmax(policy, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("chunk_rows", [1, 3, 1000])
-def test_linear_log_prob_and_its_gradient(monkeypatch, temperature, dtype, chunk_rows):
+@pytest.mark.parametrize(("biased", "scale", "cap"), [(False, 1.0, None), (True, 0.3, None), (True, 3.0, 2.0)])
+def test_linear_log_prob_and_its_gradient(monkeypatch, temperature, dtype, chunk_rows, biased, scale, cap):
+    """Of plain heads, of one with a bias whose logits are scaled, and of one whose logits are capped as well."""
     tokens, width, vocab = 10, 6, 17
     monkeypatch.setattr(train.LinearLogProb, "CHUNK_BYTES", 4 * vocab * chunk_rows)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, width, generator=generator, dtype=dtype, requires_grad=True)
     weight = torch.randn(vocab, width, generator=generator, dtype=dtype)
+    bias = torch.randn(vocab, generator=generator, dtype=dtype) if biased else None
     targets = torch.randint(vocab, (tokens,), generator=generator)
     incoming = torch.randn(tokens, generator=generator)
 
-    log_probs = train.LinearLogProb.apply(hidden, weight, targets, temperature)
+    log_probs = train.LinearLogProb.apply(hidden, weight, bias, targets, scale, cap, temperature)
     (gradient,) = torch.autograd.grad(log_probs, hidden, incoming.to(log_probs.dtype))
 
     exact_hidden = hidden.detach().double().requires_grad_()
-    exact = (exact_hidden @ weight.double().T / temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    logits = scale * (exact_hidden @ weight.double().T + (bias.double() if biased else 0))
+    logits = cap * (logits / cap).tanh() if cap else logits
+    exact = (logits / temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     (exact_gradient,) = torch.autograd.grad(exact, exact_hidden, incoming.double())
     torch.testing.assert_close(log_probs.double(), exact, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(gradient.double(), exact_gradient, atol=2e-6, rtol=1e-5)
@@ -112,7 +117,7 @@ def test_linear_log_prob_of_a_nearly_sure_token_keeps_its_gradient():
     """1 - p is computed before it is rounded."""
     weight = torch.eye(3, dtype=torch.bfloat16)
     hidden = torch.tensor([[9.0, 0.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
-    train.LinearLogProb.apply(hidden, weight, torch.tensor([0]), 1.0).sum().backward()
+    train.LinearLogProb.apply(hidden, weight, None, torch.tensor([0]), 1.0, None, 1.0).sum().backward()
     probabilities = torch.tensor([9.0, 0.0, 0.0]).softmax(0)
     torch.testing.assert_close(hidden.grad[0].float(), torch.tensor([1.0, 0, 0]) - probabilities, rtol=0.01, atol=0)
 
