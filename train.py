@@ -139,7 +139,7 @@ class PromptsConfig(Section):
 class RewardConfig(Section):
     module: PathText | None = key(None, "a Python file that registers your own rewards, extractors and matches")
     fn: Names = key(["format_and_match"], "registered, a function of `module`, or TRL's; a list is summed")
-    weights: list[Real] | None = key(None, "a weight for each function of a list; null: 1.0 each")
+    weights: list[Real] | None = key(None, "a weight for each function of a list; null: 1.0 each", min_length=1)
     columns: dict[str, str] = key({}, "dataset columns by other names for rewards in TRL's form")
     answer_extractor: str = key("identity", "how an answer is read from an output and from a reference")
     match: str = key("equal", "when two answers are the same")
@@ -198,13 +198,12 @@ class TrainConfig(Section):
         prompt2, compared = self.max_prompt_length_attempt2 or need, self.baseline != "none"
         few = "the baseline compares first attempts, of which a step needs 2 or more; raise it"
         faults = {
-            f"max_prompt_length_attempt2: needs {need} or more for prompt, attempt 1, instruction; omit it": prompt2
-            < need,
+            f"max_prompt_length_attempt2: needs {need} or more to hold attempt 1; leave it out": prompt2 < need,
             f"stage1_corrections: must divide train.num_generations, {rollouts}": rollouts % self.stage1_corrections,
             f"stage1_batch_size: {few}": compared and self.stage1_batch_size * rollouts == self.stage1_corrections,
             f"stage2_batch_size: {few}": compared and self.stage2_batch_size * rollouts == 1,
-            "oversample: needs num_generations above 1 and a baseline": self.oversample > 1
-            and not (compared and rollouts > 1),
+            "oversample: needs a baseline, num_generations > 1": self.oversample > 1
+            and (rollouts == 1 or not compared),
         }
         refuse(faults)
         return self
@@ -236,15 +235,14 @@ class Config(Section):
 
     @pydantic.model_validator(mode="after")
     def fits_together(self) -> Config:
-        train, dataset, reward = self.train, self.dataset, self.reward
+        train, dataset, functions = self.train, self.dataset, self.reward.fn
         prompt2 = train.max_prompt_length_attempt1 + train.max_new_tokens_attempt1 + 1
         need = (train.max_prompt_length_attempt2 or prompt2) + train.max_new_tokens_attempt2
-        given, weights, functions = self.model.max_seq_length or need, reward.weights, len(reward.fn)
+        given, weights = self.model.max_seq_length or need, self.reward.weights or functions
         faults = {
             f"model.max_seq_length: a conversation can take {need} tokens; leave it out": given < need,
             "dataset.test_split_size: required with dataset.split": dataset.split and dataset.test_split_size is None,
-            f"reward.weights: needs {functions}, one a function of reward.fn": weights is not None
-            and len(weights) != functions,
+            f"reward.weights: needs {len(functions)}, one a function of reward.fn": len(weights) != len(functions),
         }
         refuse(faults)
         return self
@@ -281,13 +279,13 @@ def first_line(error: BaseException) -> str:
 
 def parse_command_line(argv: list[str] | None = None) -> tuple[Namespace, Config]:
     """Reads flags and config. Raises UserError."""
-    about = {"description": "SCoRe: two-stage RL for self-correction on one GPU.", "epilog": describe_keys()}
-    parser = ArgumentParser(**about, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = ArgumentParser(epilog=describe_keys(), formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.description = "SCoRe: two-stage RL for self-correction on one GPU."
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.SUB=VALUE", help="override keys")
     parser.add_argument("--smoke", type=int, metavar="N", help="a quick check of every path on N examples")
-    parser.add_argument("--start-stage", type=int, choices=(1, 2), default=1, help="2 skips Stage I")
-    parser.add_argument("--resume-adapter", metavar="DIR", help="adapter to start from (needed by --start-stage 2)")
+    parser.add_argument("--start-stage", type=int, choices=(1, 2), default=1, help="2 skips Stage I; needs an adapter")
+    parser.add_argument("--resume-adapter", metavar="DIR", type=os.path.expanduser, help="adapter to start from")
     parser.add_argument("--resume", action="store_true", help="continue this run from its newest checkpoint")
     parser.add_argument("--eval-only", action="store_true", help="evaluate the base model, or --resume-adapter")
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in the way")
@@ -296,20 +294,19 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Namespace, Config
     args = parser.parse_args(argv)
     config = read_config(args.config, args.set)
     stage2, adapter, few = args.start_stage == 2, args.resume_adapter, args.smoke is not None and args.smoke < 4
-    clash = [flag for flag in ("eval_only", "overwrite", "resume_adapter") if args.resume and getattr(args, flag)]
+    clash = args.resume and (args.eval_only or args.overwrite or adapter)
     faults = {
         "--start-stage 2: needs --resume-adapter DIR, or --resume": stage2 and not (adapter or args.resume),
         "--start-stage: trains, --eval-only does not; leave one out": stage2 and args.eval_only,
         "--resume-adapter: goes with --start-stage 2 or --eval-only": adapter and not (stage2 or args.eval_only),
-        f"--resume: goes on with the run as it is, without --{' --'.join(clash).replace('_', '-')}": clash,
+        "--resume: goes on with the run as it is, without --eval-only, --overwrite, --resume-adapter": clash,
         f"--smoke {args.smoke}: needs 4 examples or more, for two steps of two": few,
     }
     refuse(faults, UserError)
     if args.smoke:
         shrink_for_smoke(config, args.smoke)
     if adapter:
-        args.resume_adapter = os.path.expanduser(adapter)
-        check_adapter(Path(args.resume_adapter), config)
+        check_adapter(Path(adapter), config)
     return args, config
 
 
@@ -332,10 +329,9 @@ class UniqueKeys(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        names = [name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode) and name.value != "<<"]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.MarkedYAMLError(problem=f"the key {name} stands twice", problem_mark=node.start_mark)
+        names = [name.value for name, _ in node.value]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.MarkedYAMLError(problem=f"the key {twice} stands twice", problem_mark=node.start_mark)
         return node
 
 
@@ -343,10 +339,8 @@ def read_config(path: str, overrides: list[str] = ()) -> Config:
     """Reads a YAML file, applies `key.sub=value` overrides and validates the result. Raises UserError."""
     try:
         tree = yaml.load(Path(path).read_text(encoding="utf-8-sig"), UniqueKeys)  # noqa: S506
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read: {first_line(error)}") from None
-    except Exception as error:  # yaml has more than its own: 2025-13-13 is a ValueError, !!bool maybe a KeyError
-        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
+    except Exception as error:  # no such file; of YAML, 2025-13-13 is a ValueError, !!bool maybe a KeyError
+        raise UserError(f"--config {path}: cannot be read: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(tree, dict):
         what = "empty" if tree is None else type(tree).__name__
         raise UserError(f"--config {path}: must be a mapping of keys to values, and is {what}")
@@ -385,13 +379,9 @@ def fault_lines(fault: dict[str, Any]) -> list[str]:
     """The key, the bad value, what would be right; one line a fault."""
     name = ".".join(str(part) if str(part).isprintable() else repr(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        section, _, last = name.rpartition(".")
-        homes = [known for known in known_keys() if known.split(".")[-1] == last]
-        siblings = [known for known in known_keys() if known.rpartition(".")[0] == section]
-        meant = f"; it belongs to {homes[0]}" if homes else did_you_mean(name, siblings or known_keys())
+        homes = [known for known in known_keys() if known.split(".")[-1] == name.split(".")[-1]]
+        meant = f"; it belongs to {homes[0]}" if homes else did_you_mean(name, known_keys())
         return [f"{name}: unknown key{meant}"]
-    if fault["type"] == "missing":
-        return [f"{name}: required, and not given"]
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error" and name in ("", "train"):  # between keys: `fits_together`
         return [f"{name}.{line}" if name else line for line in message.split("\n")]
