@@ -583,8 +583,6 @@ Conversations = list[list["Turn"]]  # a conversation is the list of its turns
 def load_tokenizer(config: Config) -> Any:
     """The tokenizer with its chat template. Raises UserError."""
     name, template = config.model.name, config.model.chat_template
-    if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"model.name: there is no folder {name}")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=config.model.trust_remote_code)
     except Exception as error:  # a wrong name, no network, or a damaged file: each library has its own class for it
@@ -592,13 +590,12 @@ def load_tokenizer(config: Config) -> Any:
         raise UserError(f"model.name: no tokenizer at {place}: {first_line(error)}") from None
     if template and os.path.isfile(os.path.expanduser(template)):
         try:
-            tokenizer.chat_template = Path(template).expanduser().read_text(encoding="utf-8-sig")
+            template = Path(template).expanduser().read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"model.chat_template: {template} cannot be read: {error}") from None
-    elif template and "{{" not in template and "{%" not in template:
-        raise UserError(f"model.chat_template: no Jinja template, and no file: {template!r}")
-    elif template:
-        tokenizer.chat_template = template
+    if template and "{{" not in template and "{%" not in template:
+        raise UserError(f"model.chat_template: no Jinja template, and no file: {config.model.chat_template!r}")
+    tokenizer.chat_template = template or tokenizer.chat_template
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
         raise UserError(f"model.name: {name} has no tokenizer (tokenizer.json)")
     if not tokenizer.chat_template:
@@ -703,20 +700,21 @@ def hold_out(rows: list[tuple], count: int, name: str) -> tuple[list[tuple], lis
     return kept, held_out
 
 
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
 def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
     """The dataset's splits by name, from a file, a folder (of files, or one of save_to_disk) or the hub."""
-    place = path = Path(wanted.name, wanted.config_name or "")
-    path = path if os.path.isdir(path) else Path(wanted.name)
-    readers = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+    place = wanted.name
     try:
-        if path.is_dir() and any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+        path = Path(wanted.name, wanted.config_name or "")
+        path = path if path.is_dir() else Path(wanted.name)
+        if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
             loaded = datasets.load_from_disk(str(path))
-        elif path.is_file() and path.suffix in readers:
-            loaded = datasets.load_dataset(readers[path.suffix], data_files={"train": str(path)})
-        elif path.is_dir():
+        elif path.exists():
             loaded = {}
-            for split, (reader, files) in (split_files(path, readers) or split_files(path / "data", readers)).items():
-                place = ", ".join(files)
+            for split, files in (split_files(path) or split_files(path / "data")).items():
+                place, reader = ", ".join(files), READERS[Path(files[0]).suffix]
                 loaded[split] = datasets.load_dataset(reader, data_files=files, split="train")
         else:
             loaded = datasets.load_dataset(wanted.name, wanted.config_name, revision=wanted.revision)
@@ -733,14 +731,13 @@ def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
     return loaded
 
 
-def split_files(folder: Path, readers: dict[str, str]) -> dict[str, tuple[str, list[str]]]:
-    """The reader and the files of each split in a folder; the hub's parquet files are called train-00000-of-00001."""
-    found: dict[str, tuple[str, list[str]]] = {}
-    for suffix, reader in readers.items():
-        for file in sorted(folder.glob(f"*{suffix}")):
-            split = file.stem.split("-")[0]
-            if suffix != ".json" or split in ("train", "test"):
-                found.setdefault(split, (reader, []))[1].append(str(file))
+def split_files(path: Path) -> dict[str, list[str]]:
+    """The files of each split of a folder; the hub's parquet files are called train-00000-of-00001. A file is train."""
+    found: dict[str, list[str]] = {}
+    for file in [path] if path.is_file() else sorted(path.glob("*")):
+        split = "train" if file == path else file.stem.split("-")[0]
+        if file.suffix in READERS and (file.suffix != ".json" or split in ("train", "test")):
+            found.setdefault(split, []).append(str(file))
     return found
 
 
@@ -816,15 +813,13 @@ def encode_rows(rows: list[tuple], split: str, config: Config, tokenizer: Any) -
 
 def fingerprints(data: Splits, bridge: list[int], config: Config) -> dict[str, str]:
     """What a resumed run must find as it was beside the config: rows as prompts, the turns between, the rewards."""
-    rows = [[[row.prompt, row.target, row.columns] for row in part] for part in data]
-    own = [config.reward.module] if config.reward.module else []
-    code = [Path(file).read_text("latin-1") for file in (rewards.__file__, *own)]
+    code = [Path(file).read_text("latin-1") for file in (rewards.__file__, config.reward.module) if file]
     marked = {
-        "rows": rows,
+        "rows": [[[row.prompt, row.target, row.columns] for row in part] for part in data],
         "rendered prompts.self_correction": bridge,
         "code of reward.module or reward_function": code,
+        "train.py": Path(__file__).read_text("latin-1"),
     }
-    marked["train.py"] = Path(__file__).read_text("latin-1")
     texts = {name: json.dumps(thing, default=str) for name, thing in marked.items()}
     return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
 
@@ -844,12 +839,11 @@ def stage_batches(stage: int, examples: int, config: Config) -> list[list[int]]:
         raise UserError(f"train.stage{stage}_batch_size: {asked} is more than the {examples} train examples; lower it")
     if not steps:
         raise UserError(f"train.stage{stage}_epochs: {epochs} is less than one step; raise it, or 0 skips the stage")
-    batches, epoch = [], 0
-    while len(batches) < steps:
+    batches = []
+    for epoch in range(math.ceil(steps / (examples // size))):
         order = list(range(examples))
         random.Random(f"{train.seed}/stage{stage}/{epoch}").shuffle(order)
         batches += [order[i : i + size] for i in range(0, examples - size + 1, size)]
-        epoch += 1
     return batches[:steps]
 
 
