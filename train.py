@@ -31,21 +31,27 @@ The file reads in the order in which a run meets it; the samplers, which know a 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import io
 import json
+import logging
 import math
 import os
 import random
 import re
 import reprlib
 import shlex
+import shutil
 import signal
+import socket
 import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
+from datetime import date, datetime
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -444,12 +450,6 @@ if __name__ == "__main__":  # here, so that a mistyped key costs a second, not t
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 
-import io
-import logging
-import shutil
-import socket
-from datetime import date, datetime
-
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import warns of a coming change there
 logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)  # of 4-bit kernels
 
@@ -468,7 +468,6 @@ if DEVICE.type != "cpu":
         import unsloth  # noqa: F401
 
 import datasets
-import filelock
 import huggingface_hub
 import transformers
 from peft import LoraConfig as PeftLoraConfig
@@ -816,7 +815,7 @@ def fingerprints(data: Splits, bridge: list[int], config: Config) -> dict[str, s
     code = [Path(file).read_text("latin-1") for file in (rewards.__file__, config.reward.module) if file]
     marked = {
         "rows": [[[row.prompt, row.target, row.columns] for row in part] for part in data],
-        "rendered prompts.self_correction": bridge,
+        RENDERED: bridge,
         "code of reward.module or reward_function": code,
         "train.py": Path(__file__).read_text("latin-1"),
     }
@@ -1153,7 +1152,7 @@ def train_stage(
     batches = stage_batches(stage, len(examples), config)
     optimizer = AdamW(policy.trainable.values(), lr=train.learning_rate, weight_decay=0.0)
     if done:
-        load_optimizer(policy, optimizer, run.checkpoint / "optimizer.safetensors")
+        load_optimizer(policy, optimizer, run.checkpoint / OPTIMIZER)
     skipped = silent = 0
     for step in progress(range(done + 1, len(batches) + 1), f"Stage {'I' * stage}"):
         problems = [examples[i] for i in batches[step - 1]]
@@ -1541,7 +1540,7 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 # A resumed run may change these: they move time, memory and files, not a number.
 HARMLESS_KEYS = ("wandb_project", "output.", "model.fast_inference_gpu_mem", "model.gradient_checkpointing",
                  "train.micro_batch_size", "train.checkpoint_every")  # fmt: skip
-REFRESH_SECONDS = 300.0  # results.md and curves.png are drawn at most this often between evaluations
+OPTIMIZER, RENDERED = "optimizer.safetensors", "rendered prompts.self_correction"
 
 
 def run_folder(config: Config) -> Path:
@@ -1560,24 +1559,21 @@ def claim_folder(args: Namespace, config: Config) -> Iterator[None]:
         args.set.append(f"run_name={name}")  # as `resume_command` prints it
         log(f"The run of {own} went on past it, so this Stage II goes into {run_folder(config)}.")
     folder = run_folder(config)
-    lock, holder = (folder.with_name(f".{folder.name}.{kind}") for kind in ("lock", "holder"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        claim = filelock.FileLock(lock)
-        claim.acquire(timeout=0)
-    except filelock.Timeout:
-        who = "another process"
-        with suppress(OSError):  # it may be ending just now
-            who = holder.read_text()
-        raise UserError(f"output.dir: {folder} is in use by {who}; wait for it, or set another run_name") from None
+        lock = folder.with_name(f".{folder.name}.lock").open("a+")
     except (OSError, ValueError) as error:
         raise UserError(f"output.dir: cannot write to {folder.parent}: {first_line(error)}") from None
-    try:
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    with lock:  # the system takes it back however this process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            who = lock.read() or "another process"
+            raise UserError(f"output.dir: {folder} is in use by {who}; wait for it, or set another run_name") from None
+        lock.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=lock, flush=True)
         yield
-    finally:
-        holder.unlink(missing_ok=True)
-        claim.release()
 
 
 def own_checkpoint(args: Namespace, config: Config) -> Path | None:
@@ -1614,25 +1610,19 @@ def find_start(args: Namespace, config: Config, marks: dict[str, str]) -> Path |
     """The checkpoint to go on from, None for a fresh start. Changes nothing. Refuses what would mix or lose runs."""
     folder, own = run_folder(config), own_checkpoint(args, config)
     there = [name for name in RUN_FILES if name != "state.json" and (folder / name).exists()]
-    if args.resume:
-        if "config.yaml" not in there:
-            raise UserError(f"--resume: {folder} holds no run; check run_name, or start without --resume")
-        check_same(folder, config, marks, "--resume")
-        newest = checkpoints(folder)[-1]
-        if 0 < checkpoint_place(newest)[1] < math.inf and not (newest / "optimizer.safetensors").exists():
-            why = f"{newest} has no optimizer state, which only a run's newest checkpoint keeps"
-            raise UserError(f"--resume: {why}; Stage II can start from it: --start-stage 2 --resume-adapter {newest}")
-        return newest
-    if own:
-        check_same(folder, config, marks, "--resume-adapter")
-        if not args.overwrite and checkpoints(folder, past=own):
-            raise UserError(f"--resume-adapter: the run of {own} went on past it just now; try again")
-        return own
+    again = args.eval_only and "config.yaml" in there and not args.overwrite
     if args.eval_only and {"stage1", "stage2"} & set(there):
         raise UserError(f"--eval-only: {folder} holds a run that trained; set another run_name")
-    if args.eval_only and "config.yaml" in there and not args.overwrite:
-        check_same(folder, config, marks, "--eval-only")
-        return folder
+    if args.resume or own or again:
+        flag = "--resume" if args.resume else "--resume-adapter" if own else "--eval-only"
+        check_same(folder, config, marks, flag)
+        start = own or checkpoints(folder)[-1]
+        if own and not args.overwrite and checkpoints(folder, past=own):
+            raise UserError(f"{flag}: the run of {own} went on past it just now; try again")
+        if args.resume and 0 < checkpoint_place(start)[1] < math.inf and not (start / OPTIMIZER).exists():
+            why = f"{start} has no optimizer state, which only a run's newest checkpoint keeps"
+            raise UserError(f"{flag}: {why}; Stage II can start from it: --start-stage 2 --resume-adapter {start}")
+        return start
     if there and args.smoke and ".smoke" not in there:
         raise UserError(f"--smoke: {folder} holds a run that is no smoke run; choose another with --set run_name=NAME")
     if there and not (args.overwrite or args.smoke):
@@ -1651,25 +1641,23 @@ def check_same(folder: Path, config: Config, marks: dict[str, str], flag: str) -
     """A run that goes on keeps every number. Raises UserError that lists what would change one."""
     try:
         before = flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
-    except Exception as error:  # whatever stands there
-        raise UserError(f"{flag}: {folder}/config.yaml is damaged: {first_line(error)}") from None
+    except Exception as error:  # none, or whatever stands there
+        raise UserError(f"{flag}: {folder} holds no run; check run_name (config.yaml: {first_line(error)})") from None
     if not checkpoints(folder):
         raise UserError(f"{flag}: {folder} has lost its checkpoints; start anew with --overwrite")
     now, saved = flat(config.model_dump()), read_state(checkpoints(folder)[-1])["marks"]
-    differ = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    keys = [name for name in differ if not name.startswith(HARMLESS_KEYS)]
-    changed = [f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in keys]
+    keys = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    changed = [f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in keys if not key.startswith(HARMLESS_KEYS)]
     other = [name for name in marks if saved.get(name) != marks[name]]
     if "train.py" in other:
         log(f"Warning: train.py has changed since {folder} was made; what follows may not be the same mathematics.")
     changed += [f"the {name}" for name in other if name != "train.py"]
     if changed:
-        rendered = {"the rows", "the rendered prompts.self_correction"} & set(changed)
-        dated = " (does the chat template print today's date?)" * bool(rendered)
-        new = "to go on from these weights, use --start-stage 2 --resume-adapter DIR --set run_name=NAME"
-        raise UserError(
-            f"{flag}: {folder} was made with something else: {'; '.join(changed)}{dated}; put it back or, {new}"
+        dated = " (does the chat template print today's date?)" * bool({RENDERED, "rows"} & set(other))
+        new = (
+            "put it back or, to go on from these weights, use --start-stage 2 --resume-adapter DIR --set run_name=NAME"
         )
+        raise UserError(f"{flag}: {folder} was made with something else: {'; '.join(changed)}{dated}; {new}")
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -1688,7 +1676,6 @@ class Run:
     state: dict[str, Any]
     wandb: reports.Wandb
     started: float = field(default_factory=time.time)
-    drawn: float = field(default_factory=time.time)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         file = self.folder / "metrics.jsonl"
@@ -1712,8 +1699,6 @@ class Run:
         shown = list(enumerate(conversations))[: None if event["skipped"] else 4]
         self.write(event, [where | reports.sample_row(problems[row // each], c) for row, c in shown])
         log(reports.step_line(event, steps))
-        if time.time() - self.drawn > REFRESH_SECONDS:
-            self.write_results()
         if event["step"] == min(5, steps) and not (self.folder / ".smoke").exists():  # which cuts budgets itself
             for line in reports.budget_warnings([e for e in self.events("train") if e["stage"] == event["stage"]]):
                 log(line)
@@ -1738,24 +1723,23 @@ class Run:
         card = reports.model_card(self.config, self.events("eval"), folder)
         save_checkpoint(policy, folder, self.note_state(), optimizer, card)
         self.checkpoint = folder
-        for old in self.folder.glob("stage*/step_*/optimizer.safetensors"):
+        for old in self.folder.glob(f"stage*/step_*/{OPTIMIZER}"):
             if old.parent != folder:
                 old.unlink()
+        self.write_results()
         log(f"Saved {folder}")
 
     def write_results(self) -> None:
         """results.json, results.md, curves.png, and the card of the checkpoint that was evaluated last."""
-        evals, device = self.events("eval"), DEVICE.type
-        results = {"run_name": self.config.run_name, "evals": evals} | reports.made_with()
-        results |= {"device": torch.cuda.get_device_name() if device == "cuda" else device}
-        results |= {"seconds_total": self.note_state()["seconds"], "command": shlex.join(["python", *sys.argv])}
+        evals, device = self.events("eval"), torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type
+        results = {"run_name": self.config.run_name, "evals": evals, "device": device} | reports.made_with()
+        results |= {"seconds_total": self.note_state()["seconds"]}
         write_atomically(self.folder / "results.json", json.dumps(results, indent=1))
         write_atomically(self.folder / "results.md", reports.results_page(self.config, evals))
         if self.checkpoint != self.folder:
             write_atomically(self.checkpoint / "README.md", reports.model_card(self.config, evals, self.checkpoint))
         with writing(self.folder / "curves.png"):
             reports.draw_curves(self.folder, self.events("train"), evals)
-        self.drawn = time.time()
 
 
 def open_run(args: Namespace, config: Config, checkpoint: Path | None, marks: dict[str, str], policy: Policy) -> Run:
@@ -1776,7 +1760,7 @@ def open_run(args: Namespace, config: Config, checkpoint: Path | None, marks: di
             (folder / ".smoke").touch()
     wandb = reports.Wandb(config, folder, state.get("wandb_id"), log)
     run = Run(folder, config, checkpoint or folder, state, wandb)
-    if args.start_stage == 2 and not args.resume and not args.eval_only and not state["finished"]:
+    if args.start_stage == 2 and not args.resume and not state["finished"]:
         state |= {"stage": 2, "step": 0, "adapter": args.resume_adapter}  # noted before anything else
         run.checkpoint = folder / "stage2" / "step_0"
         save_checkpoint(policy, run.checkpoint, run.note_state(), None, reports.model_card(config, [], run.checkpoint))
@@ -1846,7 +1830,7 @@ def save_checkpoint(policy: Policy, folder: Path, state: dict, optimizer: Optimi
         if optimizer:
             pairs = [(name, optimizer.state[parameter]) for name, parameter in policy.trainable.items()]
             moments = {f"{name}/{part}": value.contiguous() for name, parts in pairs for part, value in parts.items()}
-            save_file(moments, temporary / "optimizer.safetensors")
+            save_file(moments, temporary / OPTIMIZER)
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
         for file in filter(Path.is_file, temporary.rglob("*")):
             with file.open("rb") as stream:

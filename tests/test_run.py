@@ -417,14 +417,17 @@ def test_a_folder_in_use_is_refused_and_an_evaluation_beside_it_changes_nothing(
 
 def test_claim_folder_survives_a_holder_that_ends_or_was_killed(make_config):
     config, args = make_config(), flags()
-    holder = Path(config.output.dir) / ".test.holder"
+    lock = Path(config.output.dir) / ".test.lock"
     with train.claim_folder(args, config):
-        holder.unlink()
+        os.truncate(lock, 0)  # it has not yet said who it is
         with pytest.raises(train.UserError, match="in use"), train.claim_folder(args, config):
             pass
-    holder.write_text("process 1 on nowhere")  # as a kill leaves it
+    lock.write_text("process 1 on nowhere, and more")  # as a kill leaves it
+    says = rf"in use by process {os.getpid()} on \S+;"
+    with train.claim_folder(args, config), pytest.raises(train.UserError, match=says), train.claim_folder(args, config):
+        pass
     with train.claim_folder(args, config):
-        assert str(os.getpid()) in holder.read_text()
+        pass
 
 
 def test_second_start_changes_nothing_and_overwrite_leaves_nothing_old(short_run, whole, finished, tmp_path):
