@@ -64,17 +64,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 import reward_function as rewards
 from reward_function import ANSWER_EXTRACTORS, MATCH_FNS, RewardError, answer_reader, did_you_mean
 
-
 # ---------------------------------------------------------------------------------------------------- configuration
-def read_number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-5 (no dot) as text; a number written so is still a number."""
-    if isinstance(value, str):
-        with suppress(ValueError):
-            return float(value)
-    return value
-
-
-Real = Annotated[float, BeforeValidator(read_number), Field(allow_inf_nan=False)]
+Real = Annotated[float, Field(allow_inf_nan=False)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 Names = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1)]
 
@@ -196,6 +187,10 @@ class TrainConfig(Section):
     max_prompt_length_attempt2: int | None = key(None, "holds prompt 1, attempt 1, instruction; null: computed", ge=1)
     seed: int = key(42, "decides LoRA's start, the order of the data and every sample", ge=0, lt=2**32)
     checkpoint_every: int | None = key(None, "steps between checkpoints (stage1/step_N); null: stage ends only", ge=1)
+
+    def has_stage(self, stage: int) -> bool:
+        epochs, steps = getattr(self, f"stage{stage}_epochs"), getattr(self, f"stage{stage}_steps")
+        return bool(epochs if steps is None else steps)
 
     @pydantic.model_validator(mode="after")
     def fits_together(self) -> TrainConfig:
@@ -331,7 +326,8 @@ def describe_keys() -> str:
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """YAML that refuses a key written twice, where the plain loader silently keeps the last."""
+    """YAML that refuses a key written twice, where the plain loader silently keeps the last, and reads 1e-5 (no dot)
+    as a number, where YAML 1.1 reads text."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -339,6 +335,9 @@ class UniqueKeys(yaml.SafeLoader):
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise yaml.MarkedYAMLError(problem=f"the key {twice} stands twice", problem_mark=node.start_mark)
         return node
+
+
+UniqueKeys.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def read_config(path: str, overrides: list[str] = ()) -> Config:
@@ -360,14 +359,12 @@ def set_key(tree: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     *parents, last = name.split(".")
     try:
-        value = yaml.load(text, UniqueKeys)  # noqa: S506
         for part in parents:
             tree = tree.setdefault(part, {})
-        tree[last] = value
-        sound = equals and all([*parents, last])
+        tree[last] = yaml.load(text, UniqueKeys)  # noqa: S506
     except Exception:  # whatever YAML raises, or a key that is no section
-        sound = False
-    if not sound:
+        equals = ""
+    if not (equals and last and all(parents)):
         raise UserError(f"--set {override!r}: must read key.sub=value, with a section's key and a value in YAML")
 
 
@@ -401,16 +398,12 @@ def shrink_for_smoke(config: Config, examples: int) -> None:
     """Two optimizer steps a stage with a checkpoint after each: few rows, few generations, short completions."""
     train = config.train
     config.run_name += "-smoke"
-    train.stage1_corrections = min(2, train.stage1_corrections)
+    batch = max(2, examples // 2 // min(2, train.oversample))
+    most = {"stage1_batch_size": batch, "stage2_batch_size": batch, "stage1_corrections": 2, "oversample": 2}
+    for name, limit in (most | {"max_new_tokens_attempt1": 64, "max_new_tokens_attempt2": 64}).items():
+        setattr(train, name, min(limit, getattr(train, name)))
     train.num_generations = 2 * train.stage1_corrections if train.num_generations > 1 else 1
-    train.oversample = min(2, train.oversample)
-    for stage in (1, 2):
-        batch = min(getattr(train, f"stage{stage}_batch_size"), max(2, examples // 2 // train.oversample))
-        setattr(train, f"stage{stage}_batch_size", batch)
-        steps, epochs = getattr(train, f"stage{stage}_steps"), getattr(train, f"stage{stage}_epochs")
-        setattr(train, f"stage{stage}_steps", 2 if (epochs if steps is None else steps) else 0)
-        budget = f"max_new_tokens_attempt{stage}"
-        setattr(train, budget, min(64, getattr(train, budget)))
+    train.stage1_steps, train.stage2_steps = (2 * train.has_stage(stage) for stage in (1, 2))
     train.checkpoint_every = 1
     config.eval.max_examples = min(examples, config.eval.max_examples or examples)
     config.eval.validation = min(examples, config.eval.validation)
@@ -513,8 +506,6 @@ def train_and_evaluate(args: Namespace, config: Config) -> Run:
         checkpoint = find_start(args, config, marks)
         adapter = Path(args.resume_adapter) if args.resume_adapter else checkpoint
         adapter = adapter if adapter and (adapter / "adapter_config.json").exists() else None
-        for file in adapter.glob("*.safetensors") if adapter else ():
-            read_weights(file)  # before the minute that the model may take
         policy = load_policy(config, tokenizer, adapter)
         run = open_run(args, config, checkpoint, marks, policy)
         log(reports.run_line(policy, config, DEVICE.type, len(train), len(test), steps))
@@ -542,13 +533,12 @@ def run_stages(run: Run, policy: Policy, data: Splits, steps: dict[int, int]) ->
         run.evaluate(policy, test, "pretrain", 0)
     if start_stage == 2 and done == 0:
         run.evaluate(policy, test, "stage1", steps[1], adapter=run.state["adapter"])
-    for stage in (1, 2):
-        if stage < start_stage or not steps[stage]:
-            continue
+    stages = [stage for stage in range(start_stage, 3) if steps[stage]]
+    for stage in stages:
         first = done if stage == start_stage else 0
         if first < steps[stage]:
             every = run.config.train.checkpoint_every or math.inf
-            if first % every == 0 and (first or stage == start_stage or not steps[1]):  # else Stage I ended with this
+            if first % every == 0 and (first or stage == stages[0]):  # else Stage I ended with this
                 validate(stage, first)  # unless that was done before an interruption
             train_stage(policy, train, stage, run, first, steps, validate)
         validate(stage, steps[stage])
@@ -643,10 +633,8 @@ def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
     turns = [("user", "?"), ("assistant", marker), ("user", correction)]
     text = chat_text(tokenizer, config, [{"role": role, "content": content} for role, content in turns])
     _, _, tail = text.partition(marker)
-    if text.count(marker) != 1:
-        raise UserError("model.chat_template: does not render an earlier assistant turn exactly once")
-    if correction.strip() not in tail:
-        raise UserError("model.chat_template: does not render the user's second turn (prompts.self_correction)")
+    if text.count(marker) != 1 or correction.strip() not in tail:
+        raise UserError("model.chat_template: must render attempt 1 once, and prompts.self_correction after it")
     bridge = tokenizer(tail, add_special_tokens=False)["input_ids"]
     need = train.max_prompt_length_attempt1 + train.max_new_tokens_attempt1 + len(bridge)
     train.max_prompt_length_attempt2 = given = train.max_prompt_length_attempt2 or need
@@ -829,7 +817,7 @@ def stage_batches(stage: int, examples: int, config: Config) -> list[list[int]]:
     A function of its arguments alone, so a resumed run finds its place by the step's number. Raises UserError."""
     train = config.train
     problems, epochs, steps = (getattr(train, f"stage{stage}_{key}") for key in ("batch_size", "epochs", "steps"))
-    if not (epochs if steps is None else steps):
+    if not train.has_stage(stage):
         return []
     size = problems * train.oversample
     steps = round(epochs * (examples // size)) if steps is None else steps
@@ -1165,9 +1153,7 @@ def train_stage(
             where = f"stage {stage}, step {step}; samples are in {run.folder}/samples.jsonl"
             raise RunError(f"no finite gradient in {skipped} steps in a row ({where}); lower train.learning_rate")
         if silent == SILENT_STEPS:
-            earned = f"{figures['reward_attempt1']:.2f} / {figures['reward_attempt2']:.2f}"
-            log(f"Warning: all rollouts of each problem earned alike, {silent} steps in a row, so nothing was learned.")
-            log(f'Rewards are {earned}. If low: "Format before correction" in README.md. If at their top: stop here.')
+            log(reports.silence_warning(figures, silent))
         stop, last = bool(SIGNALS_SEEN), step == len(batches)
         if last or stop or (train.checkpoint_every and step % train.checkpoint_every == 0):
             run.save_checkpoint(policy, stage, step, None if last else optimizer)
@@ -1204,8 +1190,7 @@ def training_step(
     figures = reports.attempt_means(conversations, config) | update
     figures |= {"reward_gap": figures["reward_attempt2"] - figures["reward_attempt1"], "without_signal": without_signal}
     figures |= {"seconds_rollout": seconds_rollout, "seconds_update": time.perf_counter() - start - seconds_rollout}
-    sampled = sum(len(c[0].completion) for c in conversations[::corrections])  # which they share
-    sampled += sum(len(c[1].completion) for c in conversations)
+    sampled = sum({id(turn): len(turn.completion) for c in conversations for turn in c}.values())  # a shared one once
     peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None
     figures |= {"learning_rate": rate, "tokens_per_second": sampled / seconds_rollout, "peak_memory_gb": peak}
     return figures, conversations
