@@ -291,7 +291,8 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Namespace, Config
     parser.add_argument("--eval-only", action="store_true", help="evaluate the base model, or --resume-adapter")
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in the way")
     parser.add_argument("--quiet", action="store_true", help="print the final table and errors only")
-    parser.error = refuse_flags  # argparse's own prints the usage too
+    how = "(--help lists the flags)"  # argparse's own way prints the usage too
+    parser.error = lambda message: refuse({f"{' '.join(message.split())} {how}": True}, UserError)
     args = parser.parse_args(argv)
     config = read_config(args.config, args.set)
     stage2, adapter, few = args.start_stage == 2, args.resume_adapter, args.smoke is not None and args.smoke < 4
@@ -309,10 +310,6 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Namespace, Config
     if adapter:
         check_adapter(Path(adapter), config)
     return args, config
-
-
-def refuse_flags(message: str) -> None:
-    raise UserError(f"{' '.join(message.split())} (--help lists the flags)")
 
 
 def describe_keys() -> str:
@@ -495,7 +492,7 @@ def log(message: str, always: bool = False) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- the run
-def train_and_evaluate(args: Namespace, config: Config) -> Run:
+def train_and_evaluate(args: Namespace, config: Config) -> None:
     """The whole run: evaluate, Stage I, evaluate, Stage II, evaluate. Raises UserError, RunError, Interrupted."""
     with claim_folder(args, config):
         tokenizer = load_tokenizer(config)
@@ -514,7 +511,6 @@ def train_and_evaluate(args: Namespace, config: Config) -> Run:
         else:
             run_stages(run, policy, data, steps)
         finish_run(run, policy)
-    return run
 
 
 def run_stages(run: Run, policy: Policy, data: Splits, steps: dict[int, int]) -> None:
@@ -751,10 +747,7 @@ def read_rows(rows: Any, split: str, config: Config) -> list[tuple[str, str, dic
         raise UserError(f"dataset.name: {wanted.name} has no {split} rows")
     targets = [target for _, target in kept.values()]
     chosen = list(rows.select(kept)) if rewards.trl_names(reward.fn) else [{}] * len(kept)
-    try:
-        columns = rewards.trl_columns(chosen, targets, reward.fn, reward.module, reward.columns, extract)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    columns = rewards.trl_columns(chosen, targets, reward.fn, reward.module, reward.columns, extract)
     return [(*pair, named) for pair, named in zip(kept.values(), columns, strict=True)]
 
 
@@ -1563,10 +1556,9 @@ def claim_folder(args: Namespace, config: Config) -> Iterator[None]:
 
 def own_checkpoint(args: Namespace, config: Config) -> Path | None:
     """The adapter that Stage II starts from, where it is a checkpoint of this run's Stage I."""
-    if args.start_stage == 1 or not args.resume_adapter:
-        return None
-    adapter, stage1 = Path(args.resume_adapter), run_folder(config) / "stage1"
-    return adapter if adapter.resolve().is_relative_to(stage1.resolve()) and (adapter / "state.json").exists() else None
+    adapter, stage1 = Path(args.resume_adapter or ""), run_folder(config) / "stage1"
+    own = args.start_stage == 2 and args.resume_adapter and adapter.resolve().is_relative_to(stage1.resolve())
+    return adapter if own and (adapter / "state.json").exists() else None
 
 
 def checkpoints(folder: Path, past: Path | None = None) -> list[Path]:
@@ -1639,9 +1631,7 @@ def check_same(folder: Path, config: Config, marks: dict[str, str], flag: str) -
     changed += [f"the {name}" for name in other if name != "train.py"]
     if changed:
         dated = " (does the chat template print today's date?)" * bool({RENDERED, "rows"} & set(other))
-        new = (
-            "put it back or, to go on from these weights, use --start-stage 2 --resume-adapter DIR --set run_name=NAME"
-        )
+        new = "put it back, or go on from these weights with --start-stage 2 --resume-adapter DIR --set run_name=NAME"
         raise UserError(f"{flag}: {folder} was made with something else: {'; '.join(changed)}{dated}; {new}")
 
 
@@ -2690,7 +2680,7 @@ def main(args: Namespace, config: Config) -> int:
     except (UserError, RewardError, RunError) as error:
         code, line = 1 if isinstance(error, RunError) else 2, error
     except Interrupted:
-        code, line = 130, f"Interrupted. Go on with: {resume_command(args, config)}"
+        code, line = 130, f"Interrupted. Go on with: {resume_command(args)}"
     except torch.OutOfMemoryError:
         code, line = 1, "Out of GPU memory in a rollout; lower model.fast_inference_gpu_mem or the batch sizes"
     except OSError as error:
@@ -2700,7 +2690,7 @@ def main(args: Namespace, config: Config) -> int:
     return code
 
 
-def resume_command(args: Namespace, config: Config) -> str:
+def resume_command(args: Namespace) -> str:
     """What to type to go on after an interruption."""
     words = ["python", sys.argv[0], "--config", args.config, *(["--set", *args.set] if args.set else [])]
     words += ["--smoke", str(args.smoke)] if args.smoke else []
