@@ -151,6 +151,15 @@ def budget_warnings(steps: list[dict[str, Any]]) -> list[str]:
     return [line.format(*pair) for pair in shares.items() if pair[1] > 0.05]
 
 
+def silence_warning(figures: dict[str, Any], steps: int) -> str:
+    """Says that nothing was learned for some steps, and what to do about it."""
+    return (
+        f"Warning: all rollouts of each problem earned alike, {steps} steps in a row, so nothing was learned.\nRewards "
+        f'are {figures["reward_attempt1"]:.2f} / {figures["reward_attempt2"]:.2f}. If low: "Format before '
+        'correction" in README.md. If at their top: stop here.'
+    )
+
+
 def best_on_validation(folder: Path, evals: list[dict[str, Any]]) -> str | None:
     """The checkpoint with the highest Acc@t2 on the validation rows; a choice that is left to the reader."""
     validated = [e for e in evals if "held_out" in e and not e["checkpoint"].endswith("/step_0")]
@@ -292,7 +301,7 @@ def model_card(config: Any, evals: list[dict[str, Any]], folder: Path) -> str:
     head = ModelCardData(library_name="peft", pipeline_tag="text-generation", tags=tags, **on_hub)
     label = folder.name if folder.name.startswith("stage") else f"{folder.parent.name}/{folder.name}"
     results = f"Evaluations on held-out rows, {decoding(config)}:\n\n{results_table(evals)}\n\n{MEANINGS}"
-    last = "stage2" if train.stage2_steps or (train.stage2_steps is None and train.stage2_epochs) else "stage1"
+    last = "stage2" if train.has_stage(2) else "stage1"
     where = config.output.push_to_hub if folder.name == last and config.output.push_to_hub else str(folder)
     rewards = ", ".join(f"`{name}`" for name in reward.fn) + f", weighted {reward.weights}" * bool(reward.weights)
     system = [{"role": "system", "content": prompts.system}] if prompts.system else []

@@ -1074,7 +1074,7 @@ def trl_columns(
     """What functions in TRL's form get of each row by name: the dataset's columns, `target_answer`, and either of them
     by another name as reward.columns ({name: column}) says; nothing where `names` has no such function.
 
-    Raises ValueError with one line that begins with the key at fault.
+    Raises RewardError with one line that begins with the key at fault.
     """
     if not rows or not trl_names(names):
         return [{} for _ in rows]
@@ -1082,22 +1082,22 @@ def trl_columns(
     for argument, column in columns.items():
         if column not in known:
             there = f"there are {', '.join(known)}{did_you_mean(column, known)}"
-            raise ValueError(f"reward.columns.{argument}: no column {column!r}; {there}")
+            raise RewardError(f"reward.columns.{argument}: no column {column!r}; {there}")
     given = [*known, *columns, "prompts", "completions", "completion_ids"]
     try:
         for name in trl_names(names):
             asked = [p for p in _parameters(find_reward(name, module)) if p.kind is not p.VAR_KEYWORD]
             missing = [p.name for p in asked if p.default is p.empty and p.name not in given]
             if missing:
-                raise ValueError(
-                    f"reward.fn: {name} asks for {', '.join(missing)}, and is given {', '.join(given)}; say which of "
+                raise RewardError(
+                    f"{name} asks for {', '.join(missing)}, and is given {', '.join(given)}; say which of "
                     f"them it is, as in reward.columns.{missing[0]}=target_answer"
                 )
         reader = _reader(extract)
         rows = [{"target_answer": reader(target)} | row for target, row in zip(targets, rows, strict=True)]
     except RewardError as error:
         key = "answer_extractor" if str(error).startswith("answer extractor") else "fn"
-        raise ValueError(f"reward.{key}: {error}") from None
+        raise RewardError(f"reward.{key}: {error}") from None
     return [row | {argument: row[column] for argument, column in columns.items()} for row in rows]
 
 

@@ -32,20 +32,25 @@ The file reads in the order in which a run meets it; the samplers, which know a 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import logging
 import math
 import os
 import random
 import re
 import reprlib
 import shlex
+import shutil
 import signal
+import socket
 import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
+from datetime import date, datetime
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,17 +63,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 import reward_function as rewards
 from reward_function import ANSWER_EXTRACTORS, MATCH_FNS, RewardError, answer_reader, did_you_mean
 
-
 # ---------------------------------------------------------------------------------------------------- configuration
-def read_number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-5 (no dot) as text; a number written so is still a number."""
-    if isinstance(value, str):
-        with suppress(ValueError):
-            return float(value)
-    return value
-
-
-Real = Annotated[float, BeforeValidator(read_number), Field(allow_inf_nan=False)]
+Real = Annotated[float, Field(allow_inf_nan=False)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 Names = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1)]
 
@@ -140,7 +136,7 @@ class PromptsConfig(Section):
 class RewardConfig(Section):
     module: PathText | None = key(None, "a Python file that registers your own rewards, extractors and matches")
     fn: Names = key(["format_and_match"], "registered, a function of `module`, or TRL's; a list is summed")
-    weights: list[Real] | None = key(None, "a weight for each function of a list; null: 1.0 each")
+    weights: list[Real] | None = key(None, "a weight for each function of a list; null: 1.0 each", min_length=1)
     columns: dict[str, str] = key({}, "dataset columns by other names for rewards in TRL's form")
     answer_extractor: str = key("identity", "how an answer is read from an output and from a reference")
     match: str = key("equal", "when two answers are the same")
@@ -192,6 +188,10 @@ class TrainConfig(Section):
     seed: int = key(42, "decides LoRA's start, the order of the data and every sample", ge=0, lt=2**32)
     checkpoint_every: int | None = key(None, "steps between checkpoints (stage1/step_N); null: stage ends only", ge=1)
 
+    def has_stage(self, stage: int) -> bool:
+        epochs, steps = getattr(self, f"stage{stage}_epochs"), getattr(self, f"stage{stage}_steps")
+        return bool(epochs if steps is None else steps)
+
     @pydantic.model_validator(mode="after")
     def fits_together(self) -> TrainConfig:
         """Faults between keys. Each line begins with the key to change."""
@@ -199,13 +199,12 @@ class TrainConfig(Section):
         prompt2, compared = self.max_prompt_length_attempt2 or need, self.baseline != "none"
         few = "the baseline compares first attempts, of which a step needs 2 or more; raise it"
         faults = {
-            f"max_prompt_length_attempt2: needs {need} or more for prompt, attempt 1, instruction; omit it": prompt2
-            < need,
+            f"max_prompt_length_attempt2: needs {need} or more to hold attempt 1; leave it out": prompt2 < need,
             f"stage1_corrections: must divide train.num_generations, {rollouts}": rollouts % self.stage1_corrections,
             f"stage1_batch_size: {few}": compared and self.stage1_batch_size * rollouts == self.stage1_corrections,
             f"stage2_batch_size: {few}": compared and self.stage2_batch_size * rollouts == 1,
-            "oversample: needs num_generations above 1 and a baseline": self.oversample > 1
-            and not (compared and rollouts > 1),
+            "oversample: needs a baseline, num_generations > 1": self.oversample > 1
+            and (rollouts == 1 or not compared),
         }
         refuse(faults)
         return self
@@ -237,15 +236,14 @@ class Config(Section):
 
     @pydantic.model_validator(mode="after")
     def fits_together(self) -> Config:
-        train, dataset, reward = self.train, self.dataset, self.reward
+        train, dataset, functions = self.train, self.dataset, self.reward.fn
         prompt2 = train.max_prompt_length_attempt1 + train.max_new_tokens_attempt1 + 1
         need = (train.max_prompt_length_attempt2 or prompt2) + train.max_new_tokens_attempt2
-        given, weights, functions = self.model.max_seq_length or need, reward.weights, len(reward.fn)
+        given, weights = self.model.max_seq_length or need, self.reward.weights or functions
         faults = {
             f"model.max_seq_length: a conversation can take {need} tokens; leave it out": given < need,
             "dataset.test_split_size: required with dataset.split": dataset.split and dataset.test_split_size is None,
-            f"reward.weights: needs {functions}, one a function of reward.fn": weights is not None
-            and len(weights) != functions,
+            f"reward.weights: needs {len(functions)}, one a function of reward.fn": len(weights) != len(functions),
         }
         refuse(faults)
         return self
@@ -282,40 +280,36 @@ def first_line(error: BaseException) -> str:
 
 def parse_command_line(argv: list[str] | None = None) -> tuple[Namespace, Config]:
     """Reads flags and config. Raises UserError."""
-    about = {"description": "SCoRe: two-stage RL for self-correction on one GPU.", "epilog": describe_keys()}
-    parser = ArgumentParser(**about, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = ArgumentParser(epilog=describe_keys(), formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.description = "SCoRe: two-stage RL for self-correction on one GPU."
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.SUB=VALUE", help="override keys")
     parser.add_argument("--smoke", type=int, metavar="N", help="a quick check of every path on N examples")
-    parser.add_argument("--start-stage", type=int, choices=(1, 2), default=1, help="2 skips Stage I")
-    parser.add_argument("--resume-adapter", metavar="DIR", help="adapter to start from (needed by --start-stage 2)")
+    parser.add_argument("--start-stage", type=int, choices=(1, 2), default=1, help="2 skips Stage I; needs an adapter")
+    parser.add_argument("--resume-adapter", metavar="DIR", type=os.path.expanduser, help="adapter to start from")
     parser.add_argument("--resume", action="store_true", help="continue this run from its newest checkpoint")
     parser.add_argument("--eval-only", action="store_true", help="evaluate the base model, or --resume-adapter")
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in the way")
     parser.add_argument("--quiet", action="store_true", help="print the final table and errors only")
-    parser.error = refuse_flags  # argparse's own prints the usage too
+    how = "(--help lists the flags)"  # argparse's own way prints the usage too
+    parser.error = lambda message: refuse({f"{' '.join(message.split())} {how}": True}, UserError)
     args = parser.parse_args(argv)
     config = read_config(args.config, args.set)
     stage2, adapter, few = args.start_stage == 2, args.resume_adapter, args.smoke is not None and args.smoke < 4
-    clash = [flag for flag in ("eval_only", "overwrite", "resume_adapter") if args.resume and getattr(args, flag)]
+    clash = args.resume and (args.eval_only or args.overwrite or adapter)
     faults = {
         "--start-stage 2: needs --resume-adapter DIR, or --resume": stage2 and not (adapter or args.resume),
         "--start-stage: trains, --eval-only does not; leave one out": stage2 and args.eval_only,
         "--resume-adapter: goes with --start-stage 2 or --eval-only": adapter and not (stage2 or args.eval_only),
-        f"--resume: goes on with the run as it is, without --{' --'.join(clash).replace('_', '-')}": clash,
+        "--resume: goes on with the run as it is, without --eval-only, --overwrite, --resume-adapter": clash,
         f"--smoke {args.smoke}: needs 4 examples or more, for two steps of two": few,
     }
     refuse(faults, UserError)
     if args.smoke:
         shrink_for_smoke(config, args.smoke)
     if adapter:
-        args.resume_adapter = os.path.expanduser(adapter)
-        check_adapter(Path(args.resume_adapter), config)
+        check_adapter(Path(adapter), config)
     return args, config
-
-
-def refuse_flags(message: str) -> None:
-    raise UserError(f"{' '.join(message.split())} (--help lists the flags)")
 
 
 def describe_keys() -> str:
@@ -329,25 +323,26 @@ def describe_keys() -> str:
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """YAML that refuses a key written twice, where the plain loader silently keeps the last."""
+    """YAML that refuses a key written twice, where the plain loader silently keeps the last, and reads 1e-5 (no dot)
+    as a number, where YAML 1.1 reads text."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        names = [name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode) and name.value != "<<"]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.MarkedYAMLError(problem=f"the key {name} stands twice", problem_mark=node.start_mark)
+        names = [name.value for name, _ in node.value]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.MarkedYAMLError(problem=f"the key {twice} stands twice", problem_mark=node.start_mark)
         return node
+
+
+UniqueKeys.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def read_config(path: str, overrides: list[str] = ()) -> Config:
     """Reads a YAML file, applies `key.sub=value` overrides and validates the result. Raises UserError."""
     try:
         tree = yaml.load(Path(path).read_text(encoding="utf-8-sig"), UniqueKeys)  # noqa: S506
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read: {first_line(error)}") from None
-    except Exception as error:  # yaml has more than its own: 2025-13-13 is a ValueError, !!bool maybe a KeyError
-        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
+    except Exception as error:  # no such file; of YAML, 2025-13-13 is a ValueError, !!bool maybe a KeyError
+        raise UserError(f"--config {path}: cannot be read: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(tree, dict):
         what = "empty" if tree is None else type(tree).__name__
         raise UserError(f"--config {path}: must be a mapping of keys to values, and is {what}")
@@ -361,14 +356,12 @@ def set_key(tree: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     *parents, last = name.split(".")
     try:
-        value = yaml.load(text, UniqueKeys)  # noqa: S506
         for part in parents:
             tree = tree.setdefault(part, {})
-        tree[last] = value
-        sound = equals and all([*parents, last])
+        tree[last] = yaml.load(text, UniqueKeys)  # noqa: S506
     except Exception:  # whatever YAML raises, or a key that is no section
-        sound = False
-    if not sound:
+        equals = ""
+    if not (equals and last and all(parents)):
         raise UserError(f"--set {override!r}: must read key.sub=value, with a section's key and a value in YAML")
 
 
@@ -386,13 +379,9 @@ def fault_lines(fault: dict[str, Any]) -> list[str]:
     """The key, the bad value, what would be right; one line a fault."""
     name = ".".join(str(part) if str(part).isprintable() else repr(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        section, _, last = name.rpartition(".")
-        homes = [known for known in known_keys() if known.split(".")[-1] == last]
-        siblings = [known for known in known_keys() if known.rpartition(".")[0] == section]
-        meant = f"; it belongs to {homes[0]}" if homes else did_you_mean(name, siblings or known_keys())
+        homes = [known for known in known_keys() if known.split(".")[-1] == name.split(".")[-1]]
+        meant = f"; it belongs to {homes[0]}" if homes else did_you_mean(name, known_keys())
         return [f"{name}: unknown key{meant}"]
-    if fault["type"] == "missing":
-        return [f"{name}: required, and not given"]
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error" and name in ("", "train"):  # between keys: `fits_together`
         return [f"{name}.{line}" if name else line for line in message.split("\n")]
@@ -406,16 +395,12 @@ def shrink_for_smoke(config: Config, examples: int) -> None:
     """Two optimizer steps a stage with a checkpoint after each: few rows, few generations, short completions."""
     train = config.train
     config.run_name += "-smoke"
-    train.stage1_corrections = min(2, train.stage1_corrections)
+    batch = max(2, examples // 2 // min(2, train.oversample))
+    most = {"stage1_batch_size": batch, "stage2_batch_size": batch, "stage1_corrections": 2, "oversample": 2}
+    for name, limit in (most | {"max_new_tokens_attempt1": 64, "max_new_tokens_attempt2": 64}).items():
+        setattr(train, name, min(limit, getattr(train, name)))
     train.num_generations = 2 * train.stage1_corrections if train.num_generations > 1 else 1
-    train.oversample = min(2, train.oversample)
-    for stage in (1, 2):
-        batch = min(getattr(train, f"stage{stage}_batch_size"), max(2, examples // 2 // train.oversample))
-        setattr(train, f"stage{stage}_batch_size", batch)
-        steps, epochs = getattr(train, f"stage{stage}_steps"), getattr(train, f"stage{stage}_epochs")
-        setattr(train, f"stage{stage}_steps", 2 if (epochs if steps is None else steps) else 0)
-        budget = f"max_new_tokens_attempt{stage}"
-        setattr(train, budget, min(64, getattr(train, budget)))
+    train.stage1_steps, train.stage2_steps = (2 * train.has_stage(stage) for stage in (1, 2))
     train.checkpoint_every = 1
     config.eval.max_examples = min(examples, config.eval.max_examples or examples)
     config.eval.validation = min(examples, config.eval.validation)
@@ -454,12 +439,6 @@ if __name__ == "__main__":  # here, so that a mistyped key costs a second, not t
 # ---------------------------------------------------------------------------- slow imports, the device
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-
-import io
-import logging
-import shutil
-import socket
-from datetime import date, datetime
 
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import warns of a coming change there
 logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)  # of 4-bit kernels
@@ -514,7 +493,7 @@ def log(message: str, always: bool = False) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- the run
-def train_and_evaluate(args: Namespace, config: Config) -> Run:
+def train_and_evaluate(args: Namespace, config: Config) -> None:
     """The whole run: evaluate, Stage I, evaluate, Stage II, evaluate. Raises UserError, RunError, Interrupted."""
     with claim_folder(args, config):
         tokenizer = load_tokenizer(config)
@@ -535,7 +514,6 @@ def train_and_evaluate(args: Namespace, config: Config) -> Run:
         else:
             run_stages(run, policy, data, steps)
         finish_run(run, policy)
-    return run
 
 
 def run_stages(run: Run, policy: Policy, data: Splits, steps: dict[int, int]) -> None:
@@ -554,13 +532,12 @@ def run_stages(run: Run, policy: Policy, data: Splits, steps: dict[int, int]) ->
         run.evaluate(policy, test, "pretrain", 0)
     if start_stage == 2 and done == 0:
         run.evaluate(policy, test, "stage1", steps[1], adapter=run.state["adapter"])
-    for stage in (1, 2):
-        if stage < start_stage or not steps[stage]:
-            continue
+    stages = [stage for stage in range(start_stage, 3) if steps[stage]]
+    for stage in stages:
         first = done if stage == start_stage else 0
         if first < steps[stage]:
             every = run.config.train.checkpoint_every or math.inf
-            if first % every == 0 and (first or stage == start_stage or not steps[1]):  # else Stage I ended with this
+            if first % every == 0 and (first or stage == stages[0]):  # else Stage I ended with this
                 validate(stage, first)  # unless that was done before an interruption
             train_stage(policy, train, stage, run, first, steps, validate)
         validate(stage, steps[stage])
@@ -594,8 +571,6 @@ Conversations = list[list["Turn"]]  # a conversation is the list of its turns
 def load_tokenizer(config: Config) -> Any:
     """The tokenizer with its chat template. Raises UserError."""
     name, template = config.model.name, config.model.chat_template
-    if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"model.name: there is no folder {name}")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=config.model.trust_remote_code)
     except Exception as error:  # a wrong name, no network, or a damaged file: each library has its own class for it
@@ -603,13 +578,12 @@ def load_tokenizer(config: Config) -> Any:
         raise UserError(f"model.name: no tokenizer at {place}: {first_line(error)}") from None
     if template and os.path.isfile(os.path.expanduser(template)):
         try:
-            tokenizer.chat_template = Path(template).expanduser().read_text(encoding="utf-8-sig")
+            template = Path(template).expanduser().read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"model.chat_template: {template} cannot be read: {error}") from None
-    elif template and "{{" not in template and "{%" not in template:
-        raise UserError(f"model.chat_template: no Jinja template, and no file: {template!r}")
-    elif template:
-        tokenizer.chat_template = template
+    if template and "{{" not in template and "{%" not in template:
+        raise UserError(f"model.chat_template: no Jinja template, and no file: {config.model.chat_template!r}")
+    tokenizer.chat_template = template or tokenizer.chat_template
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
         raise UserError(f"model.name: {name} has no tokenizer (tokenizer.json)")
     if not tokenizer.chat_template:
@@ -662,10 +636,8 @@ def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
     turns = [("user", "?"), ("assistant", marker), ("user", correction)]
     text = chat_text(tokenizer, config, [{"role": role, "content": content} for role, content in turns])
     _, _, tail = text.partition(marker)
-    if text.count(marker) != 1:
-        raise UserError("model.chat_template: does not render an earlier assistant turn exactly once")
-    if correction.strip() not in tail:
-        raise UserError("model.chat_template: does not render the user's second turn (prompts.self_correction)")
+    if text.count(marker) != 1 or correction.strip() not in tail:
+        raise UserError("model.chat_template: must render attempt 1 once, and prompts.self_correction after it")
     bridge = tokenizer(tail, add_special_tokens=False)["input_ids"]
     need = train.max_prompt_length_attempt1 + train.max_new_tokens_attempt1 + len(bridge)
     train.max_prompt_length_attempt2 = given = train.max_prompt_length_attempt2 or need
@@ -718,20 +690,21 @@ def hold_out(rows: list[tuple], count: int, name: str) -> tuple[list[tuple], lis
     return kept, held_out
 
 
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
 def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
     """The dataset's splits by name, from a file, a folder (of files, or one of save_to_disk) or the hub."""
-    place = path = Path(wanted.name, wanted.config_name or "")
-    path = path if os.path.isdir(path) else Path(wanted.name)
-    readers = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+    place = wanted.name
     try:
-        if path.is_dir() and any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+        path = Path(wanted.name, wanted.config_name or "")
+        path = path if path.is_dir() else Path(wanted.name)
+        if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
             loaded = datasets.load_from_disk(str(path))
-        elif path.is_file() and path.suffix in readers:
-            loaded = datasets.load_dataset(readers[path.suffix], data_files={"train": str(path)})
-        elif path.is_dir():
+        elif path.exists():
             loaded = {}
-            for split, (reader, files) in (split_files(path, readers) or split_files(path / "data", readers)).items():
-                place = ", ".join(files)
+            for split, files in (split_files(path) or split_files(path / "data")).items():
+                place, reader = ", ".join(files), READERS[Path(files[0]).suffix]
                 loaded[split] = datasets.load_dataset(reader, data_files=files, split="train")
         else:
             loaded = datasets.load_dataset(wanted.name, wanted.config_name, revision=wanted.revision)
@@ -748,14 +721,13 @@ def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
     return loaded
 
 
-def split_files(folder: Path, readers: dict[str, str]) -> dict[str, tuple[str, list[str]]]:
-    """The reader and the files of each split in a folder; the hub's parquet files are called train-00000-of-00001."""
-    found: dict[str, tuple[str, list[str]]] = {}
-    for suffix, reader in readers.items():
-        for file in sorted(folder.glob(f"*{suffix}")):
-            split = file.stem.split("-")[0]
-            if suffix != ".json" or split in ("train", "test"):
-                found.setdefault(split, (reader, []))[1].append(str(file))
+def split_files(path: Path) -> dict[str, list[str]]:
+    """The files of each split of a folder; the hub's parquet files are called train-00000-of-00001. A file is train."""
+    found: dict[str, list[str]] = {}
+    for file in [path] if path.is_file() else sorted(path.glob("*")):
+        split = "train" if file == path else file.stem.split("-")[0]
+        if file.suffix in READERS and (file.suffix != ".json" or split in ("train", "test")):
+            found.setdefault(split, []).append(str(file))
     return found
 
 
@@ -782,10 +754,7 @@ def read_rows(rows: Any, split: str, config: Config) -> list[tuple[str, str, dic
         raise UserError(f"dataset.name: {wanted.name} has no {split} rows")
     targets = [target for _, target in kept.values()]
     chosen = list(rows.select(kept)) if rewards.trl_names(reward.fn) else [{}] * len(kept)
-    try:
-        columns = rewards.trl_columns(chosen, targets, reward.fn, reward.module, reward.columns, extract)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    columns = rewards.trl_columns(chosen, targets, reward.fn, reward.module, reward.columns, extract)
     return [(*pair, named) for pair, named in zip(kept.values(), columns, strict=True)]
 
 
@@ -831,16 +800,14 @@ def encode_rows(rows: list[tuple], split: str, config: Config, tokenizer: Any) -
 
 def fingerprints(data: Splits, bridge: list[int], config: Config) -> dict[str, str]:
     """What a resumed run must find as it was beside the config: rows as prompts, the turns between, the rewards."""
-    rows = [[[row.prompt, row.target, row.columns] for row in part] for part in data]
-    own = [config.reward.module] if config.reward.module else []
-    code = [Path(file).read_text("latin-1") for file in (rewards.__file__, *own)]
+    code = [Path(file).read_text("latin-1") for file in (rewards.__file__, config.reward.module) if file]
     marked = {
-        "rows": rows,
-        "rendered prompts.self_correction": bridge,
+        "rows": [[[row.prompt, row.target, row.columns] for row in part] for part in data],
+        RENDERED: bridge,
         "code of reward.module or reward_function": code,
+        "number format of model.dtype": number_format(config),
+        "train.py": Path(__file__).read_text("latin-1"),
     }
-    marked["number format of model.dtype"] = number_format(config)
-    marked["train.py"] = Path(__file__).read_text("latin-1")
     texts = {name: json.dumps(thing, default=str) for name, thing in marked.items()}
     return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
 
@@ -851,7 +818,7 @@ def stage_batches(stage: int, examples: int, config: Config) -> list[list[int]]:
     A function of its arguments alone, so a resumed run finds its place by the step's number. Raises UserError."""
     train = config.train
     problems, epochs, steps = (getattr(train, f"stage{stage}_{key}") for key in ("batch_size", "epochs", "steps"))
-    if not (epochs if steps is None else steps):
+    if not train.has_stage(stage):
         return []
     size = problems * train.oversample
     steps = round(epochs * (examples // size)) if steps is None else steps
@@ -860,12 +827,11 @@ def stage_batches(stage: int, examples: int, config: Config) -> list[list[int]]:
         raise UserError(f"train.stage{stage}_batch_size: {asked} is more than the {examples} train examples; lower it")
     if not steps:
         raise UserError(f"train.stage{stage}_epochs: {epochs} is less than one step; raise it, or 0 skips the stage")
-    batches, epoch = [], 0
-    while len(batches) < steps:
+    batches = []
+    for epoch in range(math.ceil(steps / (examples // size))):
         order = list(range(examples))
         random.Random(f"{train.seed}/stage{stage}/{epoch}").shuffle(order)
         batches += [order[i : i + size] for i in range(0, examples - size + 1, size)]
-        epoch += 1
     return batches[:steps]
 
 
@@ -1196,7 +1162,7 @@ def train_stage(
     batches = stage_batches(stage, len(examples), config)
     optimizer = AdamW(policy.trainable.values(), lr=train.learning_rate, weight_decay=0.0)
     if done:
-        load_optimizer(policy, optimizer, run.checkpoint / "optimizer.safetensors")
+        load_optimizer(policy, optimizer, run.checkpoint / OPTIMIZER)
     skipped = silent = 0
     for step in progress(range(done + 1, len(batches) + 1), f"Stage {'I' * stage}"):
         problems = [examples[i] for i in batches[step - 1]]
@@ -1209,9 +1175,7 @@ def train_stage(
             where = f"stage {stage}, step {step}; samples are in {run.folder}/samples.jsonl"
             raise RunError(f"no finite gradient in {skipped} steps in a row ({where}); lower train.learning_rate")
         if silent == SILENT_STEPS:
-            earned = f"{figures['reward_attempt1']:.2f} / {figures['reward_attempt2']:.2f}"
-            log(f"Warning: all rollouts of each problem earned alike, {silent} steps in a row, so nothing was learned.")
-            log(f'Rewards are {earned}. If low: "Format before correction" in README.md. If at their top: stop here.')
+            log(reports.silence_warning(figures, silent))
         stop, last = bool(SIGNALS_SEEN), step == len(batches)
         if last or stop or (train.checkpoint_every and step % train.checkpoint_every == 0):
             run.save_checkpoint(policy, stage, step, None if last else optimizer)
@@ -1250,8 +1214,7 @@ def training_step(
     figures = reports.attempt_means(conversations, config) | update
     figures |= {"reward_gap": figures["reward_attempt2"] - figures["reward_attempt1"], "without_signal": without_signal}
     figures |= {"seconds_rollout": seconds_rollout, "seconds_update": time.perf_counter() - start - seconds_rollout}
-    sampled = sum(len(c[0].completion) for c in conversations[::corrections])  # which they share
-    sampled += sum(len(c[1].completion) for c in conversations)
+    sampled = sum({id(turn): len(turn.completion) for c in conversations for turn in c}.values())  # a shared one once
     peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None
     figures |= {"learning_rate": rate, "tokens_per_second": sampled / seconds_rollout, "peak_memory_gb": peak}
     return figures, conversations
@@ -1596,7 +1559,7 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 # A resumed run may change these: they move time, memory and files, not a number.
 HARMLESS_KEYS = ("wandb_project", "output.", "model.fast_inference_gpu_mem", "model.gradient_checkpointing",
                  "train.micro_batch_size", "train.checkpoint_every")  # fmt: skip
-REFRESH_SECONDS = 300.0  # results.md and curves.png are drawn at most this often between evaluations
+OPTIMIZER, RENDERED = "optimizer.safetensors", "rendered prompts.self_correction"
 
 
 def run_folder(config: Config) -> Path:
@@ -1637,10 +1600,9 @@ def claim_folder(args: Namespace, config: Config) -> Iterator[None]:
 
 def own_checkpoint(args: Namespace, config: Config) -> Path | None:
     """The adapter that Stage II starts from, where it is a checkpoint of this run's Stage I."""
-    if args.start_stage == 1 or not args.resume_adapter:
-        return None
-    adapter, stage1 = Path(args.resume_adapter), run_folder(config) / "stage1"
-    return adapter if adapter.resolve().is_relative_to(stage1.resolve()) and (adapter / "state.json").exists() else None
+    adapter, stage1 = Path(args.resume_adapter or ""), run_folder(config) / "stage1"
+    own = args.start_stage == 2 and args.resume_adapter and adapter.resolve().is_relative_to(stage1.resolve())
+    return adapter if own and (adapter / "state.json").exists() else None
 
 
 def checkpoints(folder: Path, past: Path | None = None) -> list[Path]:
@@ -1669,25 +1631,19 @@ def find_start(args: Namespace, config: Config, marks: dict[str, str]) -> Path |
     """The checkpoint to go on from, None for a fresh start. Changes nothing. Refuses what would mix or lose runs."""
     folder, own = run_folder(config), own_checkpoint(args, config)
     there = [name for name in RUN_FILES if name != "state.json" and (folder / name).exists()]
-    if args.resume:
-        if "config.yaml" not in there:
-            raise UserError(f"--resume: {folder} holds no run; check run_name, or start without --resume")
-        check_same(folder, config, marks, "--resume")
-        newest = checkpoints(folder)[-1]
-        if 0 < checkpoint_place(newest)[1] < math.inf and not (newest / "optimizer.safetensors").exists():
-            why = f"{newest} has no optimizer state, which only a run's newest checkpoint keeps"
-            raise UserError(f"--resume: {why}; Stage II can start from it: --start-stage 2 --resume-adapter {newest}")
-        return newest
-    if own:
-        check_same(folder, config, marks, "--resume-adapter")
-        if not args.overwrite and checkpoints(folder, past=own):
-            raise UserError(f"--resume-adapter: the run of {own} went on past it just now; try again")
-        return own
+    again = args.eval_only and "config.yaml" in there and not args.overwrite
     if args.eval_only and {"stage1", "stage2"} & set(there):
         raise UserError(f"--eval-only: {folder} holds a run that trained; set another run_name")
-    if args.eval_only and "config.yaml" in there and not args.overwrite:
-        check_same(folder, config, marks, "--eval-only")
-        return folder
+    if args.resume or own or again:
+        flag = "--resume" if args.resume else "--resume-adapter" if own else "--eval-only"
+        check_same(folder, config, marks, flag)
+        start = own or checkpoints(folder)[-1]
+        if own and not args.overwrite and checkpoints(folder, past=own):
+            raise UserError(f"{flag}: the run of {own} went on past it just now; try again")
+        if args.resume and 0 < checkpoint_place(start)[1] < math.inf and not (start / OPTIMIZER).exists():
+            why = f"{start} has no optimizer state, which only a run's newest checkpoint keeps"
+            raise UserError(f"{flag}: {why}; Stage II can start from it: --start-stage 2 --resume-adapter {start}")
+        return start
     if there and args.smoke and ".smoke" not in there:
         raise UserError(f"--smoke: {folder} holds a run that is no smoke run; choose another with --set run_name=NAME")
     if there and not (args.overwrite or args.smoke):
@@ -1706,25 +1662,21 @@ def check_same(folder: Path, config: Config, marks: dict[str, str], flag: str) -
     """A run that goes on keeps every number. Raises UserError that lists what would change one."""
     try:
         before = flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
-    except Exception as error:  # whatever stands there
-        raise UserError(f"{flag}: {folder}/config.yaml is damaged: {first_line(error)}") from None
+    except Exception as error:  # none, or whatever stands there
+        raise UserError(f"{flag}: {folder} holds no run; check run_name (config.yaml: {first_line(error)})") from None
     if not checkpoints(folder):
         raise UserError(f"{flag}: {folder} has lost its checkpoints; start anew with --overwrite")
     now, saved = flat(config.model_dump()), read_state(checkpoints(folder)[-1])["marks"]
-    differ = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    keys = [name for name in differ if not name.startswith(HARMLESS_KEYS)]
-    changed = [f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in keys]
+    keys = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    changed = [f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in keys if not key.startswith(HARMLESS_KEYS)]
     other = [name for name in marks if saved.get(name) != marks[name]]
     if "train.py" in other:
         log(f"Warning: train.py has changed since {folder} was made; what follows may not be the same mathematics.")
     changed += [f"the {name}" for name in other if name != "train.py"]
     if changed:
-        rendered = {"the rows", "the rendered prompts.self_correction"} & set(changed)
-        dated = " (does the chat template print today's date?)" * bool(rendered)
-        new = "to go on from these weights, use --start-stage 2 --resume-adapter DIR --set run_name=NAME"
-        raise UserError(
-            f"{flag}: {folder} was made with something else: {'; '.join(changed)}{dated}; put it back or, {new}"
-        )
+        dated = " (does the chat template print today's date?)" * bool({RENDERED, "rows"} & set(other))
+        new = "put it back, or go on from these weights with --start-stage 2 --resume-adapter DIR --set run_name=NAME"
+        raise UserError(f"{flag}: {folder} was made with something else: {'; '.join(changed)}{dated}; {new}")
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -1743,7 +1695,6 @@ class Run:
     state: dict[str, Any]
     wandb: reports.Wandb
     started: float = field(default_factory=time.time)
-    drawn: float = field(default_factory=time.time)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         file = self.folder / "metrics.jsonl"
@@ -1767,8 +1718,6 @@ class Run:
         shown = list(enumerate(conversations))[: None if event["skipped"] else 4]
         self.write(event, [where | reports.sample_row(problems[row // each], c) for row, c in shown])
         log(reports.step_line(event, steps))
-        if time.time() - self.drawn > REFRESH_SECONDS:
-            self.write_results()
         if event["step"] == min(5, steps) and not (self.folder / ".smoke").exists():  # which cuts budgets itself
             for line in reports.budget_warnings([e for e in self.events("train") if e["stage"] == event["stage"]]):
                 log(line)
@@ -1794,24 +1743,23 @@ class Run:
         card = reports.model_card(self.config, self.events("eval"), folder)
         save_checkpoint(policy, folder, self.note_state(), optimizer, card)
         self.checkpoint = folder
-        for old in self.folder.glob("stage*/step_*/optimizer.safetensors"):
+        for old in self.folder.glob(f"stage*/step_*/{OPTIMIZER}"):
             if old.parent != folder:
                 old.unlink()
+        self.write_results()
         log(f"Saved {folder}")
 
     def write_results(self) -> None:
         """results.json, results.md, curves.png, and the card of the checkpoint that was evaluated last."""
-        evals, device = self.events("eval"), DEVICE.type
-        results = {"run_name": self.config.run_name, "evals": evals} | reports.made_with()
-        results |= {"device": torch.cuda.get_device_name() if device == "cuda" else device}
-        results |= {"seconds_total": self.note_state()["seconds"], "command": shlex.join(["python", *sys.argv])}
+        evals, device = self.events("eval"), torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type
+        results = {"run_name": self.config.run_name, "evals": evals, "device": device} | reports.made_with()
+        results |= {"seconds_total": self.note_state()["seconds"]}
         write_atomically(self.folder / "results.json", json.dumps(results, indent=1))
         write_atomically(self.folder / "results.md", reports.results_page(self.config, evals))
         if self.checkpoint != self.folder:
             write_atomically(self.checkpoint / "README.md", reports.model_card(self.config, evals, self.checkpoint))
         with writing(self.folder / "curves.png"):
             reports.draw_curves(self.folder, self.events("train"), evals)
-        self.drawn = time.time()
 
 
 def open_run(args: Namespace, config: Config, checkpoint: Path | None, marks: dict[str, str], policy: Policy) -> Run:
@@ -1833,7 +1781,7 @@ def open_run(args: Namespace, config: Config, checkpoint: Path | None, marks: di
             (folder / ".smoke").touch()
     wandb = reports.Wandb(config, folder, state.get("wandb_id"), log)
     run = Run(folder, config, checkpoint or folder, state, wandb)
-    if args.start_stage == 2 and not args.resume and not args.eval_only and not state["finished"]:
+    if args.start_stage == 2 and not args.resume and not state["finished"]:
         state |= {"stage": 2, "step": 0, "adapter": args.resume_adapter}  # noted before anything else
         run.checkpoint = folder / "stage2" / "step_0"
         save_checkpoint(policy, run.checkpoint, run.note_state(), None, reports.model_card(config, [], run.checkpoint))
@@ -1903,7 +1851,7 @@ def save_checkpoint(policy: Policy, folder: Path, state: dict, optimizer: Optimi
         if optimizer:
             pairs = [(name, optimizer.state[parameter]) for name, parameter in policy.trainable.items()]
             moments = {f"{name}/{part}": value.contiguous() for name, parts in pairs for part, value in parts.items()}
-            save_file(moments, temporary / "optimizer.safetensors")
+            save_file(moments, temporary / OPTIMIZER)
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
         for file in filter(Path.is_file, temporary.rglob("*")):
             with file.open("rb") as stream:
@@ -2810,7 +2758,7 @@ def main(args: Namespace, config: Config) -> int:
     except (UserError, RewardError, RunError) as error:
         code, line = 1 if isinstance(error, RunError) else 2, error
     except Interrupted:
-        code, line = 130, f"Interrupted. Go on with: {resume_command(args, config)}"
+        code, line = 130, f"Interrupted. Go on with: {resume_command(args)}"
     except torch.OutOfMemoryError:
         code, line = 1, "Out of GPU memory in a rollout; lower model.fast_inference_gpu_mem or the batch sizes"
     except OSError as error:
@@ -2820,7 +2768,7 @@ def main(args: Namespace, config: Config) -> int:
     return code
 
 
-def resume_command(args: Namespace, config: Config) -> str:
+def resume_command(args: Namespace) -> str:
     """What to type to go on after an interruption."""
     words = ["python", sys.argv[0], "--config", args.config, *(["--set", *args.set] if args.set else [])]
     words += ["--smoke", str(args.smoke)] if args.smoke else []

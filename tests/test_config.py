@@ -125,8 +125,8 @@ GOOD = [
     {"train.stage1_batch_size": 1, "train.stage2_batch_size": 1, "train.num_generations": 2},
     {"train.num_generations": 8, "train.stage1_corrections": 4, "train.oversample": 2},
     {"train.stage1_epochs": 0.5, "train.stage2_epochs": 0, "train.stage2_steps": 0},
-    {"dataset.split": "train", "dataset.test_split_size": 4}, {"train.learning_rate": "1e-5"},
-    {"reward.fn": ["exact_match", "trl.rewards.think_format_reward"], "reward.weights": [1, "1e-1"]},
+    {"dataset.split": "train", "dataset.test_split_size": 4}, {"train.learning_rate": 1},
+    {"reward.fn": ["exact_match", "trl.rewards.think_format_reward"], "reward.weights": [1, 0.1]},
 ]  # fmt: skip
 
 
@@ -194,6 +194,18 @@ def test_read_config_key_twice(config_file: Path, more: str, key: str) -> None:
     """YAML's own reader keeps the last; a second section would replace the first whole."""
     config_file.write_text(config_file.read_text() + more)
     assert f"{key} stands twice" in refusal(train.read_config, str(config_file))[0]
+
+
+@pytest.mark.parametrize(("written", "value"), [("1e-5", 1e-5), ("+2E3", 2e3), ("1.5e-5", 1.5e-5), ("3", 3.0)])
+def test_read_config_numbers_without_a_dot(config_file: Path, written: str, value: float) -> None:
+    """YAML 1.1 reads 1e-5 as text; text stays text."""
+    more = f"reward: {{fn: [exact_match, format_only], weights: [1, {written}]}}\nwandb_project: 1e-5x\n"
+    config_file.write_text(config_file.read_text() + more)
+    config = train.read_config(str(config_file), [f"train.learning_rate={written}"])
+    assert (config.train.learning_rate, config.reward.weights) == (value, [1, value])
+    assert config.wandb_project == "1e-5x"
+    for text in (f"'{written}'", "1e999", "1e5x", "0x1e5"):
+        assert named(refusal(train.read_config, str(config_file), [f"train.lr_decay={text}"])) == ["train.lr_decay"]
 
 
 def test_read_config_byte_order_mark_and_merged_keys(config_file: Path) -> None:
