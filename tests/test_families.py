@@ -18,6 +18,7 @@ import torch
 import transformers as hf
 import yaml
 from conftest import build_tokenizer, fork_run, no_curves, output, perturb, tiny_config, with_keys
+from safetensors.torch import load_file
 from test_objective import plain_log_probs, random_conversations
 
 import train
@@ -73,7 +74,7 @@ FAMILIES = {
     ),
     "gemma2": tiny("Gemma2", **GEMMA, final_logit_softcapping=2.0, attn_logit_softcapping=5.0),
     "gemma3": tiny("Gemma3Text", **GEMMA),
-    "gemma3-vision": seeing("Gemma3", VISION, GEMMA, mm_tokens_per_image=4, image_token_index=120),
+    "gemma3-vision": seeing("Gemma3", VISION, GEMMA, mm_tokens_per_image=4, tie_word_embeddings=False),
     "gemma4": tiny("Gemma4Text", **GEMMA4, final_logit_softcapping=2.0),
     "gemma4-vision": seeing("Gemma4", VISION | {"num_key_value_heads": 2, "head_dim": 8}, GEMMA4 | EXPERTS),
     "ministral": tiny("Ministral", **WINDOW, head_dim=8),
@@ -141,16 +142,14 @@ def load(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
         own, config = build(family, folder), train.check_config(tiny_config(folder, data_dir, folder / "out"))
         policy = train.load_policy(config, train.load_tokenizer(config))
         perturb(policy, 0.1)
-        return SimpleNamespace(own=own, config=config, policy=policy)
+        return SimpleNamespace(folder=folder, own=own, config=config, policy=policy)
 
     return load
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest, load: Callable[..., Any]) -> SimpleNamespace:
-    found = load(FAMILIES[request.param])
-    found.name = request.param
-    return found
+    return SimpleNamespace(name=request.param, **vars(load(FAMILIES[request.param])))
 
 
 def naive(model: Any, conversations: list[list[Any]]) -> torch.Tensor:
@@ -202,9 +201,7 @@ def test_built_in_sampler_is_exact(family: SimpleNamespace) -> None:
         torch.testing.assert_close(torch.tensor(sum(log_probs, [])), naive(policy.model, turns), **close)
 
 
-def test_saved_and_merged_are_the_same_policy(
-    family: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_saved_and_merged_are_the_same_policy(family: SimpleNamespace, tmp_path: Path, monkeypatch: Any) -> None:
     policy, config = family.policy, family.config
     train.save_checkpoint(policy, tmp_path, {}, None, "card")
     monkeypatch.setattr(train, "make_sampler", lambda *_: None)
@@ -220,6 +217,8 @@ def test_saved_and_merged_are_the_same_policy(
     assert wanted.keys() == found.keys()
     assert [name for name, weight in wanted.items() if not torch.equal(weight, found[name].to(weight.dtype))] == []
     assert type(loaded) is type(merged)
+    theirs, mine = (set(load_file(folder / "model.safetensors")) for folder in (family.folder, tmp_path / "merged"))
+    assert mine == theirs if type(family.own) is type(merged) else mine <= wanted.keys(), "other tools go by the names"
     assert loaded.config.tie_word_embeddings == merged.config.tie_word_embeddings
     assert loaded.generation_config.eos_token_id == policy.eos_token_ids
 
@@ -233,7 +232,7 @@ def test_whole_run(name: str, data_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(with_keys(config, more)))
     code = fork_run(["--config", str(tmp_path / "run.yaml"), "--smoke", "4"], tmp_path / "log", no_curves)
     assert code == 0, output(tmp_path / "log")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     steps = [line for line in lines if "logprob_drift" in line]
     assert len(steps) == 4
     assert max(step["logprob_drift"] for step in steps) < 1e-4
