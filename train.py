@@ -919,7 +919,7 @@ def text_config(config: Config) -> Any:
 
 def unsloth_serves(config: Config) -> bool:
     """Whether Unsloth runs here and has code of its own for the model. For others it compiles transformers' code, which
-    takes up to three minutes, and what comes out most often cannot be captured as a graph."""
+    takes up to three minutes, and some of what comes out cannot be captured as a graph."""
     text = text_config(config)
     written = text.model_type in ("llama", "mistral", "qwen2", "qwen3") and not getattr(text, "sliding_window", None)
     return DEVICE.type != "cpu" and written
@@ -1094,12 +1094,15 @@ def find_logit_scale(policy: Policy) -> None:
         )
         if not own.isfinite().all():
             raise UserError(f"model.dtype: the logits of {config.model_type} are not finite in {logits[0].dtype}")
-        exact = policy.model.get_input_embeddings().weight.dtype == torch.float32
-        for scale in [1.0, *(power for x in named if x for power in (x, 1 / x))]:
+
+        def off(scale: float) -> float:
             policy.logit_scale = scale
-            fused = completion_log_probs(policy, [[Turn(row[:1], row[1:])]], 1.0)
-            if torch.allclose(fused, own[:, 0], atol=1e-3 if exact else 0.1):
-                return
+            return (completion_log_probs(policy, [[Turn(row[:1], row[1:])]], 1.0) - own[:, 0]).abs().max().item()
+
+        policy.logit_scale = min([1.0, *(power for x in named if x for power in (x, 1 / x))], key=off)
+        exact = policy.model.get_input_embeddings().weight.dtype == torch.float32
+        if off(policy.logit_scale) < (1e-3 if exact else 0.1):
+            return
     what = "changes its logits after the head in an unknown way" if torch.equal(own, again) else "is random in training"
     raise UserError(f"model.name: {config.model_type} {what}: unsupported")
 
