@@ -325,11 +325,15 @@ before the problem verbatim, also where the chat template would cut the reasonin
 
 ```python
 import torch
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 where = {where!r}
-model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(where), AutoTokenizer.from_pretrained(where)
+base, tokenizer = PeftConfig.from_pretrained(where).base_model_name_or_path, AutoTokenizer.from_pretrained(where)
+text_part = AutoConfig.from_pretrained(base).get_text_config()  # of a multimodal model, which alone was trained
+names = {TEXT_KEYS!r}
+model = AutoModelForCausalLM.from_pretrained(base, config=text_part, key_mapping=names)
+model = PeftModel.from_pretrained(model, where)
 system = {system!r}
 worked = {[{"role": role, "content": text} for role, text in worked]!r}
 correction = {{"role": "user", "content": {prompts.self_correction!r}}}
