@@ -1036,8 +1036,10 @@ def lora_settings(base: Any, config: Config) -> dict[str, Any]:
 def still(base: Any) -> None:
     """Switches off what makes a token's log-prob depend on more than the tokens before it: a model's own dropout and
     noise, which would train another policy than was sampled, and rotary embeddings that look at the row's length, which
-    `check_length` keeps where they do not change."""
+    `check_length` keeps where they do not change. Raises ValueError for a router whose noise stays."""
     for module in base.modules():
+        if hasattr(module, "router_jitter_noise"):  # PhiMoE's, which is also a constant of its evaluation
+            raise ValueError("it draws its experts at random in training")
         for name, value in vars(module).items():
             noise = "dropout" in name or name in ("jitter_noise", "input_jitter_noise")
             if isinstance(value, float) and (noise or (name == "p" and isinstance(module, torch.nn.Dropout))):
@@ -1088,12 +1090,10 @@ def find_logit_scale(policy: Policy) -> None:
     named = [getattr(config, name, None) for name in ("logits_scaling", "logit_scale", "lm_head_multiplier")]
     with torch.no_grad(), reference(policy):  # the adapter's dropout would differ between the two
         with autocast(policy):
-            logits = [policy.model(input_ids=torch.tensor([row], device=DEVICE)).logits[0, :-1] for _ in range(2)]
-        own, again = (
-            x.float().log_softmax(-1).gather(-1, torch.tensor(row[1:], device=DEVICE)[:, None]) for x in logits
-        )
+            logits = policy.model(input_ids=torch.tensor([row], device=DEVICE)).logits[0, :-1]
+        own = logits.float().log_softmax(-1).gather(-1, torch.tensor(row[1:], device=DEVICE)[:, None])
         if not own.isfinite().all():
-            raise UserError(f"model.dtype: the logits of {config.model_type} are not finite in {logits[0].dtype}")
+            raise UserError(f"model.dtype: the logits of {config.model_type} are not finite in {logits.dtype}")
 
         def off(scale: float) -> float:
             policy.logit_scale = scale
@@ -1101,10 +1101,9 @@ def find_logit_scale(policy: Policy) -> None:
 
         policy.logit_scale = min([1.0, *(power for x in named if x for power in (x, 1 / x))], key=off)
         exact = policy.model.get_input_embeddings().weight.dtype == torch.float32
-        if off(policy.logit_scale) < (1e-3 if exact else 0.1):
-            return
-    what = "changes its logits after the head in an unknown way" if torch.equal(own, again) else "is random in training"
-    raise UserError(f"model.name: {config.model_type} {what}: unsupported")
+        if not off(policy.logit_scale) < (1e-3 if exact else 0.1):
+            why = "changes its logits after the head in an unknown way, or is random in training"
+            raise UserError(f"model.name: {config.model_type} {why}: unsupported")
 
 
 def keep_activations_if_they_fit(policy: Policy, without: Callable, longest: int) -> None:
@@ -1961,7 +1960,8 @@ def check_exact(sampler: Any, policy: Policy) -> Any:
         plain = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1).cpu()
         chosen = plain.gather(1, torch.tensor(row)[:, None])[:, 0]
         off = ((chosen - torch.tensor(logps)).abs() + plain.amax(-1) - chosen).mean().item()
-        if not off < (1e-3 if logits.dtype == torch.float32 else 0.2):
+        exact = policy.model.get_input_embeddings().weight.dtype == torch.float32
+        if not off < (1e-3 if exact else 0.2):
             raise ValueError(f"{sampler.name} is {off:.2g} nats off the plain forward")
     sampler.release()
     return sampler
