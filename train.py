@@ -2286,9 +2286,9 @@ class FusedLinear:
         self.dense = all(type(base) is torch.nn.Linear for base in self.bases)
         ranks = [a.weight.shape[0] for m in modules for a in getattr(m, "lora_A", {}).values()]
         self.rank = max(16, 1 << (max(ranks) - 1).bit_length()) if ranks else 0  # padded with zeros: tl.dot wants >= 16
-        self.out, extra = sum(base.out_features for base in self.bases), self.rank * len(modules)
+        self.out, extra = sum(module.out_features for module in modules), self.rank * len(modules)
         zeros = partial(torch.zeros, dtype=dtype, device=self.bases[0].weight.device)
-        self.weight, self.b = zeros(self.out * self.dense + extra, self.bases[0].in_features), zeros(extra, self.out)
+        self.weight, self.b = zeros(self.out * self.dense + extra, modules[0].in_features), zeros(extra, self.out)
         self.a = self.weight[self.out * self.dense :]
         self.bias = zeros(self.out + extra) if self.dense and any(b.bias is not None for b in self.bases) else None
         self.reload()
@@ -2298,7 +2298,7 @@ class FusedLinear:
         self.b.zero_()
         stop = 0
         for i, (module, base) in enumerate(zip(self.modules, self.bases, strict=True)):
-            start, stop = stop, stop + base.out_features
+            start, stop = stop, stop + module.out_features
             if self.dense and base.weight.data_ptr() != self.weight[start:stop].data_ptr():
                 self.weight[start:stop] = base.weight  # at the first call, and when something replaced the weight
                 base.weight.data = self.weight[start:stop]
@@ -2319,6 +2319,10 @@ class FusedLinear:
     def add_lora(self, y: torch.Tensor) -> torch.Tensor:
         """y [N, out + LoRA columns] -> [N, out], in plain torch."""
         return torch.addmm(y[:, : self.out], y[:, self.out :], self.b) if self.rank else y
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] -> [..., out], LoRA added, in two products."""
+        return self.add_lora(self(x.flatten(0, -2))).unflatten(0, x.shape[:-1])
 
 
 def rows_for_graph(rows: int) -> int:
@@ -2649,6 +2653,17 @@ class Decoder:
         count += alive
 
 
+def one_kernel_norm(norm: torch.nn.Module) -> Callable:
+    """An RMSNorm's forward by the kernel that torch has for it, if its output is x / rms(x) times w or 1 + w."""
+    eps, weight = getattr(norm, "variance_epsilon", getattr(norm, "eps", 0)), norm.weight
+    x = torch.linspace(-1, 3, 2 * len(weight)).view(2, -1).to(weight)
+    for w in (weight.float(), 1 + weight.float()):
+        forward = partial(lambda w, x: F.rms_norm(x.float(), w.shape, w, eps).to(x.dtype), w)
+        if torch.allclose(forward(x), norm(x), rtol=1e-5 if x.dtype == torch.float32 else 1e-2):
+            return forward
+    return norm.forward
+
+
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **more) -> tuple[Tensor, None]:
     """transformers' sdpa, except that the query heads of one new token go in as the rows of the K/V head they share:
     sdpa would write that out once for each of them."""
@@ -2668,26 +2683,27 @@ transformers.AttentionMaskInterface.register("grouped", transformers.masking_uti
 class GraphSampler(Decoder):
     """Samples with the model's own forward over a static cache: for architectures that Decoder does not know.
 
-    Prompts are padded on the left: all rows write to one slot. A graph needs its cache, so large ones go after use, and
-    LoRA weights in the model's own dtype, so each rollout copies them: a token would take four casts a projection."""
+    Prompts are padded on the left: all rows write to one slot. A graph needs its cache, so large ones go after use."""
 
     name = "a graph of the model's own forward"
     compact = False
     conversation = forget = nullcontext  # nothing is kept from one turn to the next
 
     def __init__(self, policy: Policy):
-        self.policy, self.base, self.live, config = policy, policy.model.get_base_model(), True, policy.model.config
+        self.policy, self.base, config = policy, policy.model.get_base_model(), policy.model.config
         if config.get_text_config() is not config:
             raise ValueError("it is a composite model")
-        self.lora: list[Tensor] = []
         self._set_up(policy)
+        modules = [*self.base.modules()]
+        norms = [m for m in modules if type(m).__name__.endswith("RMSNorm") and getattr(m, "weight", None) is not None]
+        with torch.inference_mode(False), torch.no_grad():  # as in Decoder
+            self.linears = [FusedLinear([module], self.dtype) for module in modules if hasattr(module, "lora_A")]
+            self.forwards = [(norm, one_kernel_norm(norm)) for norm in norms]
+        self.forwards += [(linear.modules[0], linear.forward) for linear in self.linears]
 
     def generate(self, *request: Any, **more: Any) -> Made:
         """As Decoder.generate."""
-        live, before = self.live, torch.cuda.memory_allocated()
-        self.live = not any(getattr(module, "disable_adapters", None) is True for module in self.base.modules())
-        if live != self.live:
-            self.release()  # a graph has the adapter or has it not
+        before = torch.cuda.memory_allocated()
         with generating(self.policy), self._as_sampled():
             made = super().generate(*request, **more)
         if not self.graphed or torch.cuda.memory_allocated() - before > 0.05 * torch.cuda.mem_get_info()[1]:
@@ -2696,20 +2712,21 @@ class GraphSampler(Decoder):
 
     @contextmanager
     def _as_sampled(self) -> Iterator[None]:
-        """Inside, LoRA weights have the model's dtype, and query heads share their K/V head without its copies."""
-        own = [(part, part.data) for name, part in self.base.named_parameters() if "lora_" in name]
+        """Inside, a projection with LoRA is two products and a norm one kernel between two casts; query heads share
+        their K/V head without copies of it."""
         attention = self.base.config._attn_implementation
-        self.lora = self.lora or [torch.empty_like(weight, dtype=self.dtype) for _, weight in own]
         try:
-            for (part, weight), copy in zip(own, self.lora, strict=True):
-                part.data = copy.copy_(weight)
+            for linear in self.linears:
+                linear.reload()
+            for module, forward in self.forwards:
+                module.forward = forward
             if attention == "sdpa":
                 self.base.set_attn_implementation("grouped")
             yield
         finally:
             self.base.set_attn_implementation(attention)
-            for part, weight in own:
-                part.data = weight
+            for module, _ in self.forwards:
+                vars(module).pop("forward", None)
 
     def _start(self, prompts: Rows, rows: int, max_new_tokens: int, *how) -> None:
         ids, mask = pad_left(prompts + [prompts[0]] * (rows - len(prompts)), self.pad)

@@ -282,6 +282,22 @@ def test_training_is_untouched_by_sampling(sampler):
     }
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "qwen3_5"])  # norms times w, times 1 + w, and gated ones
+def test_a_graph_replaces_norms_and_projections_inside_a_rollout_only(family, monkeypatch):
+    model = make_model((CONFIGS | OTHERS)[family], {})
+    built, inside = make("graph", model), []
+    own = [
+        module for module in model.modules() if hasattr(module, "lora_A") or type(module).__name__.endswith("RMSNorm")
+    ]
+    replaced = lambda: sum("forward" in vars(module) for module in own)  # noqa: E731
+    assert not any(forward == module.forward for module, forward in built.forwards), "each norm has a known form"
+    monkeypatch.setattr(built, "_step", lambda rows: inside.append(replaced()) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        built.generate(PROMPTS, 4, 0.0, 0)
+    assert (inside, replaced()) == ([len(own)], 0)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_pick_takes_the_first_token_whose_cumulative_probability_exceeds_the_noise():
     p = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
     noise = torch.tensor([0.0, 0.24, 0.26, 0.74, 0.76, 1 - 2**-53], dtype=torch.float64)
