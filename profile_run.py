@@ -503,6 +503,52 @@ def measure_step(train: Any, policy: Any, problems: list[Any], config: Any) -> N
         print(f"  {part:<20} {spent:>8.3f} s {spent / seconds:>5.0%}", flush=True)
 
 
+def show_kernels(train: Any, policy: Any, problems: list[Any], config: Any) -> None:
+    """A rollout and its update under torch's profiler: milliseconds of the card, or of a CPU's operations, by kind."""
+    cuda, settings = train.DEVICE.type == "cuda", config.train
+    rows = [problem for problem in problems for _ in range(settings.num_generations)]
+    optimizer, made = train.torch.optim.AdamW(policy.trainable.values(), lr=0.0, weight_decay=0.0), []
+
+    def roll_out(seed: str) -> None:
+        made[:] = train.roll_out(policy, rows, config, settings.generation_temperature, seed)
+
+    def update(_seed: str) -> None:
+        train.train_step(policy, optimizer, train.dynamic_sampling(made, 2, settings)[0], 2, settings)
+
+    for name, work in (("A rollout", roll_out), ("Its update", update)):
+        work("warm up")
+        with train.torch.profiler.profile(record_shapes=True) as seen:
+            seconds, _ = timed(train, lambda work=work: work("watched"))
+        spent: Counter[str] = Counter()
+        for event in seen.events():
+            parts = [(k.name, k.duration) for k in event.kernels] if cuda else [("", event.self_cpu_time_total)]
+            for kernel, duration in parts:
+                spent[kernel_kind(event, kernel, policy, config)] += duration / 1e3
+        busy = sum(spent.values())
+        print(f"\n{name}, {1e3 * seconds:,.0f} ms watched, of which kernels take {busy:,.0f} ms")
+        for kind, milliseconds in spent.most_common():
+            print(f"  {kind:<28} {milliseconds:>10.1f} ms {milliseconds / busy:>5.0%}", flush=True)
+
+
+def kernel_kind(event: Any, kernel: str, policy: Any, config: Any) -> str:
+    """What an operation of torch, or a kernel that it launched, is for. Products are told apart by their sizes; those
+    of a replayed graph have none."""
+    name, sizes = f"{event.name} {kernel}".lower(), {n for shape in event.input_shapes or [] for n in shape}
+    vocabulary = policy.model.get_input_embeddings().weight.shape[0] in sizes
+    if any(word in name for word in ("attn", "attention", "flash", "fmha", "_attend", "_combine")):
+        return "attention"
+    if any(word in name for word in ("gemm", "aten::mm", "aten::addmm", "nvjet", "cutlass", "xmma", "matmul")):
+        lora = config.model.lora.r in sizes
+        return "head: products" if vocabulary else "LoRA: products" if lora else "base weights: products"
+    if vocabulary or "_sample" in name or "softmax" in name:
+        return "head: softmax, sampling"
+    if any(word in name for word in ("norm", "rope", "rotary", "silu", "swiglu", "rsqrt", "pow")):
+        return "norms, rope, activations"
+    if any(word in name for word in ("copy", "cast", "memcpy", "memset", "aten::to", "fill")):
+        return "copies, casts"
+    return "other elementwise"
+
+
 def time_decoding(train: Any, policy: Any, pool: list[Any], sizes: list[int]) -> None:
     """Decodes exactly DECODE_TOKENS tokens a row at each batch size: medians of REPEATS after a first."""
     policy.eos_token_ids = []  # from here on no token ends a completion
@@ -644,6 +690,8 @@ def measure(train: Any, args: argparse.Namespace) -> None:
         policy.sampler = sampler
         if args.decode:
             time_decoding(train, policy, pool, args.decode)
+        elif args.kernels:
+            show_kernels(train, policy, problems, config)
         elif not args.lengths_only:
             measure_step(train, policy, problems, config)
 
@@ -656,6 +704,7 @@ def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--n", type=int, help="problems; by default those of one Stage II step")
     parser.add_argument("--lengths-only", action="store_true", help="leave out the step's speed and memory")
     parser.add_argument("--compare", action="store_true", help="measure model.generate too")
+    parser.add_argument("--kernels", action="store_true", help="where a step's milliseconds go, by kind of kernel")
     parser.add_argument("--decode", type=int, nargs="+", metavar="ROWS", help="time decoding alone at these batches")
     parser.add_argument("--votes", type=int, metavar="K", help="majority votes of up to 2K first attempts or K pairs")
     parser.add_argument("--samples", type=Path, metavar="RUN_DIR", help="print a run's corrections")

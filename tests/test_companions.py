@@ -89,6 +89,29 @@ def test_lengths_come_before_speed_and_decoding_ignores_eos(finished, capsys, mo
     assert [[len(row) for row in rows] for rows in made] == 2 * ([[20] * 2] * 4 + [[20] * 3] * 4)
 
 
+def test_kernels_of_a_rollout_and_of_its_update_by_kind(finished, capsys):
+    """The kinds of each add up to its whole; on a card the kernels' names decide."""
+    assert profile_run.main(["--config", finished.file, "--kernels", "--n", "4"]) == 0
+    text = capsys.readouterr().out
+    tables = [part.splitlines() for part in text[text.index("A rollout, ") :].split("\n\n")]
+    assert [lines[0].split(",")[0] for lines in tables] == ["A rollout", "Its update"]
+    for _, *lines in tables:
+        assert abs(sum(int(line.split()[-1][:-1]) for line in lines) - 100) < 6
+        assert {"attention", "LoRA", "head"} <= {line.split()[0].strip(":") for line in lines}
+    policy, r = mock.Mock(), finished.config.model.lora.r
+    policy.model.get_input_embeddings.return_value.weight.shape = (111, 5)
+    kinds = [
+        ("cudaGraphLaunch", [], "_attend_kernel", "attention"), ("aten::mm", [[64, r]], "nvjet", "LoRA: products"),
+        ("aten::mm", [[64, 111]], "sm90_xmma_gemm", "head: products"), ("aten::copy_", [[64]], "x", "copies, casts"),
+        ("cudaGraphLaunch", [], "nvjet", "base weights: products"), ("aten::exp", [[9, 111]], "x", "head: softmax"),
+        ("Fast_RMS_Layernorm", [], "_rms_layernorm_forward", "norms"), ("aten::add", [[64]], "x", "other"),
+    ]  # fmt: skip
+    for op, shapes, kernel, kind in kinds:
+        event = mock.Mock(input_shapes=shapes)
+        event.name = op
+        assert profile_run.kernel_kind(event, kernel, policy, finished.config).startswith(kind)
+
+
 def turns(answers):
     return [train.Turn([1], [2], text=a, answer=a, correct=a == "7") for a in answers.split(" ")]
 
