@@ -287,6 +287,7 @@ def draw_panel(axis: Any, curves: dict[str, str], steps: list[dict[str, Any]], e
 
 # Where a multimodal checkpoint keeps its text part, whose own class names its weights without the prefix.
 TEXT_KEYS = {"^model.language_model": "model", "^language_model.model": "model", "^language_model.lm_head": "lm_head"}
+SHARED_SETTINGS = ("tie_word_embeddings", "quantization_config")  # and what stands beside the parts, for all of them
 
 
 def model_card(config: Any, evals: list[dict[str, Any]], folder: Path) -> str:
@@ -330,7 +331,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 where = {where!r}
 base, tokenizer = PeftConfig.from_pretrained(where).base_model_name_or_path, AutoTokenizer.from_pretrained(where)
-text_part = AutoConfig.from_pretrained(base).get_text_config()  # of a multimodal model, which alone was trained
+whole = AutoConfig.from_pretrained(base)
+text_part = whole.get_text_config()  # of a multimodal model, which alone was trained
+for name in {SHARED_SETTINGS!r}:
+    if hasattr(whole, name):
+        setattr(text_part, name, getattr(whole, name))
 names = {TEXT_KEYS!r}
 model = AutoModelForCausalLM.from_pretrained(base, config=text_part, key_mapping=names)
 model = PeftModel.from_pretrained(model, where)

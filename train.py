@@ -334,7 +334,9 @@ class UniqueKeys(yaml.SafeLoader):
         return node
 
 
-UniqueKeys.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+UniqueKeys.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def read_config(path: str, overrides: list[str] = ()) -> Config:
@@ -416,7 +418,8 @@ def check_adapter(folder: Path, config: Config) -> None:
     base, wanted, lora = str(saved.get("base_model_name_or_path")), config.model.name, config.model.lora
     if Path(base).exists() and Path(wanted).exists() and Path(base).samefile(wanted):
         base = wanted
-    targets = {name for name in lora.target_modules if name != "all-linear"}  # else the weights' names tell
+    named = not any(name == "all-linear" or "." in name for name in lora.target_modules)  # else the weights' names tell
+    targets = set(lora.target_modules) if named else set()
     fits = {
         "model.name": (base, wanted),
         "model.lora.r": (saved.get("r"), lora.r),
@@ -449,8 +452,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW, Optimizer
 
-# Unsloth runs on these accelerators and must be imported before transformers and peft. Elsewhere the same code runs on
-# transformers + PEFT: load_policy decides, nothing after it asks.
+# Unsloth runs on these accelerators and must be imported before transformers and peft. Where it does not serve,
+# transformers + PEFT do: load_policy decides, nothing after it asks.
 DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 DEVICE = torch.device("cpu") if DEVICE is None or DEVICE.type not in ("cuda", "xpu") else DEVICE
 if DEVICE.type != "cpu":
@@ -578,7 +581,7 @@ def load_tokenizer(config: Config) -> Any:
         raise UserError(f"model.name: no tokenizer at {place}: {first_line(error)}") from None
     if template and os.path.isfile(os.path.expanduser(template)):
         try:
-            template = Path(template).expanduser().read_text(encoding="utf-8-sig")
+            template = Path(template).expanduser().read_text(encoding="utf-8-sig") or "nothing"
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"model.chat_template: {template} cannot be read: {error}") from None
     if template and "{{" not in template and "{%" not in template:
@@ -913,7 +916,10 @@ def text_config(config: Config) -> Any:
         raise UserError(f"model.name: {name} cannot be loaded: {first_line(error)}") from None
     text = found.get_text_config()
     if text is not found:
-        text.tie_word_embeddings, text.multimodal_parent = found.tie_word_embeddings, found.model_type
+        text.multimodal_parent = found.model_type
+        for name in reports.SHARED_SETTINGS:
+            if hasattr(found, name):
+                setattr(text, name, getattr(found, name))
     return text
 
 
@@ -921,8 +927,8 @@ def unsloth_serves(config: Config) -> bool:
     """Whether Unsloth runs here and has code of its own for the model. For others it compiles transformers' code, which
     takes up to three minutes, and some of what comes out cannot be captured as a graph."""
     text = text_config(config)
-    written = text.model_type in ("llama", "mistral", "qwen2", "qwen3") and not getattr(text, "sliding_window", None)
-    return DEVICE.type != "cpu" and written
+    written = text.model_type in ("llama", "mistral", "qwen2", "qwen3") and not hasattr(text, "multimodal_parent")
+    return DEVICE.type != "cpu" and written and not getattr(text, "sliding_window", None)
 
 
 def check_length(config: Config) -> None:
@@ -932,9 +938,11 @@ def check_length(config: Config) -> None:
     row is: a token would be sampled with other log-probs than the whole row has."""
     found, longest = text_config(config), config.train.max_prompt_length_attempt2 + config.train.max_new_tokens_attempt2
     rope, limit = getattr(found, "rope_parameters", None) or {}, getattr(found, "max_position_embeddings", None)
-    if any(kind in str(rope) for kind in ("'dynamic'", "'longrope'")):
-        start = rope.get("original_max_position_embeddings") or getattr(found, "original_max_position_embeddings", None)
-        limit = start or limit
+    for part in (rope, *(part for part in rope.values() if isinstance(part, dict))):  # one, or one a kind of layer
+        if part.get("rope_type") in ("dynamic", "longrope"):
+            start = part.get("original_max_position_embeddings")
+            start = start or getattr(found, "original_max_position_embeddings", None)
+            limit = min(filter(None, (start, limit)), default=None)
     if limit and longest > limit:
         what = f"a conversation can take {longest} tokens, and {config.model.name} is exact up to {limit}"
         raise UserError(f"train.max_new_tokens_attempt1: {what}; lower the budgets")
@@ -1004,7 +1012,7 @@ def load_base(config: Config, **how: Any) -> Any:
     how |= {"key_mapping": reports.TEXT_KEYS, "output_loading_info": True, "ignore_mismatched_sizes": True}
     base, found = transformers.AutoModelForCausalLM.from_pretrained(config.model.name, **how)
     if odd := sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]):
-        raise ValueError(f"its weights do not fit its config.json: {odd[0]} lacks or has another shape")
+        raise ValueError(f"its weights do not fit its config.json: {odd[0]} is missing or has another shape")
     return base
 
 
@@ -1028,6 +1036,8 @@ def lora_settings(base: Any, config: Config) -> dict[str, Any]:
     if missing or not targets:
         has = f"{name} has no {', '.join(missing)} that LoRA can train; it has {', '.join(every)}"
         raise UserError(f"model.lora.target_modules: {has}; all-linear stands for all of these")
+    if cannot:
+        log(f"LoRA leaves out {', '.join(sorted(cannot))}: a router, shared experts, or what a fused kernel reads.")
     if left := set(every).difference(target.rpartition(".")[2] for target in targets):
         log(f"Without LoRA: {', '.join(sorted(left))}. With model.lora.target_modules: all-linear they would have it.")
     return {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": targets}
@@ -1044,7 +1054,10 @@ def still(base: Any) -> None:
             noise = "dropout" in name or name in ("jitter_noise", "input_jitter_noise")
             if isinstance(value, float) and (noise or (name == "p" and isinstance(module, torch.nn.Dropout))):
                 setattr(module, name, 0.0)
-        if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
+        kind, by_length = getattr(module, "rope_type", None), ("dynamic", "longrope")
+        if isinstance(kind, dict):  # one for each kind of layer
+            module.rope_type = {layers: "default" if k in by_length else k for layers, k in kind.items()}
+        elif kind in by_length:
             module.rope_type = "default"
 
 
@@ -1093,13 +1106,16 @@ def find_logit_scale(policy: Policy) -> None:
             logits = policy.model(input_ids=torch.tensor([row], device=DEVICE)).logits[0, :-1]
         own = logits.float().log_softmax(-1).gather(-1, torch.tensor(row[1:], device=DEVICE)[:, None])
         if not own.isfinite().all():
-            raise UserError(f"model.dtype: the logits of {config.model_type} are not finite in {logits.dtype}")
+            what = f"the logits of {config.model_type} are not finite in {logits.dtype}; set another"
+            raise UserError(f"model.dtype: {what}")
 
         def off(scale: float) -> float:
             policy.logit_scale = scale
             return (completion_log_probs(policy, [[Turn(row[:1], row[1:])]], 1.0) - own[:, 0]).abs().max().item()
 
-        policy.logit_scale = min([1.0, *(power for x in named if x for power in (x, 1 / x))], key=off)
+        policy.logit_scale = min(
+            [1.0, *(power for x in named if isinstance(x, int | float) and x for power in (x, 1 / x))], key=off
+        )
         exact = policy.model.get_input_embeddings().weight.dtype == torch.float32
         if not off(policy.logit_scale) < (1e-3 if exact else 0.1):
             why = "changes its logits after the head in an unknown way, or is random in training"
@@ -1262,6 +1278,8 @@ def take_turns(
     budget = config.train.max_new_tokens_attempt2 if earlier else config.train.max_new_tokens_attempt1
     share = config.model.fast_inference_gpu_mem
     completions, log_probs = sample(policy, prompts, budget, temperature, seed, memory_share=share)
+    if not all(math.isfinite(number) for row in log_probs for number in row):
+        raise RunError("the log-probs of a rollout are not finite: lower train.learning_rate, or model.dtype: bfloat16")
     written = [without_eos(completion, policy) for completion in completions]
     texts = policy.tokenizer.batch_decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     turns = [
@@ -1892,7 +1910,7 @@ def save_merged(adapter: Path, folder: Path, config: Config, policy: Policy) -> 
         PeftModel.from_pretrained(load_base(config, dtype=torch.float32), adapter).merge_and_unload().to(torch.bfloat16)
     )
     merged.generation_config = policy.model.generation_config  # every token that ends an answer
-    whole = not hasattr(merged.config, "multimodal_parent")  # a text part is saved by the names of its own class
+    whole = not vars(merged.config).pop("multimodal_parent", None)  # a text part is saved by its own class's names
     with writing(folder):
         merged.save_pretrained(folder, save_original_format=whole)
         policy.tokenizer.save_pretrained(folder)

@@ -54,11 +54,8 @@ def run_ours(train: Any, config: Any, tokenizer: Any, examples: list, clock: Clo
     """Our own training step. `alone`: attempt 1 is sampled and trained alone."""
     from single_attempt import train_first_attempts
 
-    policy, size, rate = (
-        train.load_policy(config, tokenizer),
-        config.train.stage2_batch_size,
-        config.train.learning_rate,
-    )
+    policy, rate = train.load_policy(config, tokenizer), config.train.learning_rate
+    size = config.train.stage2_batch_size
     optimizer = train.torch.optim.AdamW(policy.trainable.values(), lr=rate, weight_decay=0.0)
     with train_first_attempts(train) if alone else nullcontext():
         for first in range(0, len(examples), size):

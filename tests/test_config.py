@@ -196,7 +196,7 @@ def test_read_config_key_twice(config_file: Path, more: str, key: str) -> None:
     assert f"{key} stands twice" in refusal(train.read_config, str(config_file))[0]
 
 
-@pytest.mark.parametrize(("written", "value"), [("1e-5", 1e-5), ("+2E3", 2e3), ("1.5e-5", 1.5e-5), ("3", 3.0)])
+@pytest.mark.parametrize(("written", "value"), [("1e-5", 1e-5), ("+2E3", 2e3), ("1.5e5", 1.5e5), (".5e1", 5.0)])
 def test_read_config_numbers_without_a_dot(config_file: Path, written: str, value: float) -> None:
     """YAML 1.1 reads 1e-5 as text; text stays text."""
     more = f"reward: {{fn: [exact_match, format_only], weights: [1, {written}]}}\nwandb_project: 1e-5x\n"

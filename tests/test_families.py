@@ -88,7 +88,7 @@ FAMILIES = {
     ),
     "phi2": tiny("Phi", num_key_value_heads=4),
     "smollm3": tiny("SmolLM3", no_rope_layers=[1, 0]),
-    "granite": tiny("Granite", **GRANITE, logits_scaling=8.0),
+    "granite": tiny("Granite", **GRANITE, logits_scaling=8.0, logit_scale="a name"),
     "granite4": tiny(
         "GraniteMoeHybrid", **MAMBA, layer_types=["mamba", "attention"], num_local_experts=4, num_experts_per_tok=2,
         shared_intermediate_size=24, logits_scaling=3.0,
@@ -238,6 +238,11 @@ def test_whole_run(name: str, data_dir: Path, tmp_path: Path) -> None:
     assert max(step["logprob_drift"] for step in steps) < 1e-4
     assert not any(step["skipped"] for step in steps)
     assert hf.AutoModelForCausalLM.from_pretrained(folder / "merged").config.num_hidden_layers == 2
+    card = (folder / "stage2" / "README.md").read_text().split("```python\n")[1].split("system =")[0]
+    exec(card, names := {})
+    config, ids = train.check_config(with_keys(config, more)), torch.arange(5, 40)[None]
+    policy = train.load_policy(config, train.load_tokenizer(config), folder / "stage2").model.eval()
+    torch.testing.assert_close(names["model"](ids).logits, policy(ids).logits, **close)
 
 
 EXPERT = {"gate_proj", "up_proj", "down_proj"}  # PEFT cannot load an adapter of shared experts

@@ -214,6 +214,13 @@ def test_grade_names_a_reward_that_misbehaves(make_policy, monkeypatch, misdeed)
 # --------------------------------------------------------------------------------------------------------- evaluation
 
 
+def test_roll_out_refuses_a_model_that_overflows(make_policy, monkeypatch):
+    policy, config = make_policy()
+    monkeypatch.setattr(train, "sample", lambda *_, **__: ([[5, 6]], [[-1.0, math.nan]]))
+    with pytest.raises(train.RunError, match="not finite"):
+        train.roll_out(policy, examples_of(policy, config, ["a"]), config, 1.0, "a")
+
+
 def test_edit_distance_ratio_equals_the_textbook_recursion():
     rng = random.Random(0)
     for _ in range(100):

@@ -284,8 +284,7 @@ def test_training_is_untouched_by_sampling(sampler):
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "qwen3_5"])  # norms times w, times 1 + w, and gated ones
 def test_a_graph_replaces_norms_and_projections_inside_a_rollout_only(family, monkeypatch):
-    model = make_model((CONFIGS | OTHERS)[family], {})
-    built, inside = make("graph", model), []
+    built, inside = make("graph", model := make_model((CONFIGS | OTHERS)[family], {})), []
     own = [
         module for module in model.modules() if hasattr(module, "lora_A") or type(module).__name__.endswith("RMSNorm")
     ]
