@@ -286,7 +286,12 @@ def draw_panel(axis: Any, curves: dict[str, str], steps: list[dict[str, Any]], e
 
 
 # Where a multimodal checkpoint keeps its text part, whose own class names its weights without the prefix.
-TEXT_KEYS = {"^model.language_model": "model", "^language_model.model": "model", "^language_model.lm_head": "lm_head"}
+TEXT_KEYS = {
+    "^model.language_model": "model",
+    "^model.text_model": "model",
+    "^language_model.model": "model",
+    "^language_model.lm_head": "lm_head",
+}
 SHARED_SETTINGS = ("tie_word_embeddings", "quantization_config")  # and what stands beside the parts, for all of them
 
 
