@@ -1372,8 +1372,8 @@ def train_step(
     """One REINFORCE step. Returns loss, KL and gradient statistics; "skipped" is True, and the weights are untouched,
     if loss or gradient is not finite. It is on-policy, so there is no importance ratio.
 
-    An out-of-memory starts the update over with half the micro-batch: nothing of the step is lost. Nor by an overflow
-    of float16, which starts it over with half the loss scale; where no scale helps, the batch is at fault: it stays."""
+    An out-of-memory starts the update over with half the micro-batch, an overflow of float16 with half the loss scale:
+    nothing of the step is lost. Where no scale helps, the batch is at fault, and the scale stays."""
     returns, kappas = stage_returns(stage, conversations, train)
     credit, scale = balanced(advantages(returns, stage, train), stage, train).float(), policy.loss_scale
     while True:
@@ -1383,7 +1383,7 @@ def train_step(
         except torch.OutOfMemoryError:
             use_less_memory(policy, max(len(c[-1].prompt) + len(c[-1].completion) for c in conversations))
             continue
-        for weight in policy.trainable.values():
+        for weight in policy.trainable.values() if policy.loss_scale != 1 else ():
             weight.grad = None if weight.grad is None else weight.grad / policy.loss_scale
         norm = torch.nn.utils.clip_grad_norm_(policy.trainable.values(), MAX_GRAD_NORM).item()
         loss = sum(stats["loss"])
