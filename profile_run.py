@@ -548,7 +548,8 @@ def kernel_kind(event: Any, kernel: str, policy: Any, config: Any) -> str:
     if any(word in name for word in ("attn", "attention", "flash", "fmha", "_attend", "_combine")):
         return "attention"
     if any(word in name for word in ("gemm", "aten::mm", "aten::addmm", "nvjet", "cutlass", "xmma", "matmul")):
-        lora = config.model.lora.r in sizes
+        r = config.model.lora.r
+        lora = {r, max(16, 1 << (r - 1).bit_length())} & sizes  # the decoder pads it
         return "head: products" if vocabulary else "LoRA: products" if lora else "base weights: products"
     if vocabulary or "_sample" in name or "softmax" in name:
         return "head: softmax, sampling"

@@ -64,7 +64,17 @@ import reward_function as rewards
 from reward_function import ANSWER_EXTRACTORS, MATCH_FNS, RewardError, answer_reader, did_you_mean
 
 # ---------------------------------------------------------------------------------------------------- configuration
-Real = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def read_number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-5 (no dot) as text; a number written so is still a number."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return value
+
+
+Real = Annotated[float, BeforeValidator(read_number), Field(allow_inf_nan=False)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 Names = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1)]
 
@@ -323,28 +333,24 @@ def describe_keys() -> str:
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """YAML that refuses a key written twice, where the plain loader silently keeps the last, and reads 1e-5 (no dot)
-    as a number, where YAML 1.1 reads text."""
+    """YAML that refuses a key written twice, where the plain loader silently keeps the last."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        names = [name.value for name, _ in node.value]
+        names = [name.value for name, _ in node.value if name.value != "<<"]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise yaml.MarkedYAMLError(problem=f"the key {twice} stands twice", problem_mark=node.start_mark)
         return node
-
-
-UniqueKeys.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def read_config(path: str, overrides: list[str] = ()) -> Config:
     """Reads a YAML file, applies `key.sub=value` overrides and validates the result. Raises UserError."""
     try:
         tree = yaml.load(Path(path).read_text(encoding="utf-8-sig"), UniqueKeys)  # noqa: S506
-    except Exception as error:  # no such file; of YAML, 2025-13-13 is a ValueError, !!bool maybe a KeyError
-        raise UserError(f"--config {path}: cannot be read: {' '.join(str(error).split())[:300]}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read: {first_line(error)}") from None
+    except Exception as error:  # yaml has more than its own: 2025-13-13 is a ValueError, !!bool maybe a KeyError
+        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(tree, dict):
         what = "empty" if tree is None else type(tree).__name__
         raise UserError(f"--config {path}: must be a mapping of keys to values, and is {what}")
@@ -1191,7 +1197,8 @@ def train_stage(
         skipped, silent = (skipped + 1) * figures["skipped"], (silent + 1) * (figures["without_signal"] == 1)
         if skipped == MAX_SKIPPED_STEPS:
             where = f"stage {stage}, step {step}; samples are in {run.folder}/samples.jsonl"
-            raise RunError(f"no finite gradient in {skipped} steps in a row ({where}); lower train.learning_rate")
+            fix = "set model.dtype: bfloat16 in a new run, or " * (policy.loss_scale > 1)
+            raise RunError(f"no finite gradient in {skipped} steps in a row ({where}); {fix}lower train.learning_rate")
         if silent == SILENT_STEPS:
             log(reports.silence_warning(figures, silent))
         stop, last = bool(SIGNALS_SEEN), step == len(batches)
@@ -1278,8 +1285,6 @@ def take_turns(
     budget = config.train.max_new_tokens_attempt2 if earlier else config.train.max_new_tokens_attempt1
     share = config.model.fast_inference_gpu_mem
     completions, log_probs = sample(policy, prompts, budget, temperature, seed, memory_share=share)
-    if not all(math.isfinite(number) for row in log_probs for number in row):
-        raise RunError("the log-probs of a rollout are not finite: lower train.learning_rate, or model.dtype: bfloat16")
     written = [without_eos(completion, policy) for completion in completions]
     texts = policy.tokenizer.batch_decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     turns = [
@@ -1391,7 +1396,7 @@ def train_step(
             break
         policy.loss_scale /= 2
         log_once("A gradient overflowed float16: the loss is scaled by half as much and the update done again.")
-    skipped = not (math.isfinite(loss) and math.isfinite(norm))
+    skipped = not (math.isfinite(loss) and math.isfinite(norm) and finite(conversations))
     policy.loss_scale = scale if skipped else policy.loss_scale
     if not skipped:
         optimizer.step()
@@ -1400,6 +1405,11 @@ def train_step(
     update = {f"kl_attempt{number}": value for number, value in enumerate(per_token["kl"], 1)}
     update["kl_max"] = max(stats["kl_max"], key=lambda value: math.inf if math.isnan(value) else value)
     return update | {"loss": loss, "grad_norm": norm, "skipped": skipped, "logprob_drift": max(per_token["drift"])}
+
+
+def finite(conversations: Conversations) -> bool:
+    """Whether the sampler met no NaN or infinity, which float16 may overflow into."""
+    return all(math.isfinite(p) for conversation in conversations for turn in conversation for p in turn.log_probs)
 
 
 def use_less_memory(policy: Policy, longest: int) -> None:
@@ -1565,6 +1575,8 @@ def evaluate(policy: Policy, examples: list[Example], config: Config, checkpoint
             raise Interrupted
         seed = f"{config.train.seed}/eval/{i}"
         conversations += roll_out(policy, examples[i : i + size], config, temperature, seed)
+    if not finite(conversations):
+        log(f"Warning: the model overflows its numbers in rollouts of {checkpoint}; set model.dtype: bfloat16.")
     where = {"event": "eval", "checkpoint": checkpoint}
     event = where | {"n": len(examples)} | reports.evaluation_figures(conversations, config)
     event["seconds"] = time.perf_counter() - start
@@ -1579,6 +1591,7 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 # A resumed run may change these: they move time, memory and files, not a number.
 HARMLESS_KEYS = ("wandb_project", "output.", "model.fast_inference_gpu_mem", "model.gradient_checkpointing",
                  "train.micro_batch_size", "train.checkpoint_every")  # fmt: skip
+REFRESH_SECONDS = 300.0  # results.md and curves.png are drawn at most this often between evaluations
 OPTIMIZER, RENDERED = "optimizer.safetensors", "rendered prompts.self_correction"
 
 
@@ -1715,6 +1728,7 @@ class Run:
     state: dict[str, Any]
     wandb: reports.Wandb
     started: float = field(default_factory=time.time)
+    drawn: float = field(default_factory=time.time)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         file = self.folder / "metrics.jsonl"
@@ -1738,6 +1752,8 @@ class Run:
         shown = list(enumerate(conversations))[: None if event["skipped"] else 4]
         self.write(event, [where | reports.sample_row(problems[row // each], c) for row, c in shown])
         log(reports.step_line(event, steps))
+        if time.time() - self.drawn > REFRESH_SECONDS:
+            self.write_results()
         if event["step"] == min(5, steps) and not (self.folder / ".smoke").exists():  # which cuts budgets itself
             for line in reports.budget_warnings([e for e in self.events("train") if e["stage"] == event["stage"]]):
                 log(line)
@@ -1766,20 +1782,20 @@ class Run:
         for old in self.folder.glob(f"stage*/step_*/{OPTIMIZER}"):
             if old.parent != folder:
                 old.unlink()
-        self.write_results()
         log(f"Saved {folder}")
 
     def write_results(self) -> None:
         """results.json, results.md, curves.png, and the card of the checkpoint that was evaluated last."""
         evals, device = self.events("eval"), torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type
         results = {"run_name": self.config.run_name, "evals": evals, "device": device} | reports.made_with()
-        results |= {"seconds_total": self.note_state()["seconds"]}
+        results |= {"seconds_total": self.note_state()["seconds"], "command": shlex.join(["python", *sys.argv])}
         write_atomically(self.folder / "results.json", json.dumps(results, indent=1))
         write_atomically(self.folder / "results.md", reports.results_page(self.config, evals))
         if self.checkpoint != self.folder:
             write_atomically(self.checkpoint / "README.md", reports.model_card(self.config, evals, self.checkpoint))
         with writing(self.folder / "curves.png"):
             reports.draw_curves(self.folder, self.events("train"), evals)
+        self.drawn = time.time()
 
 
 def open_run(args: Namespace, config: Config, checkpoint: Path | None, marks: dict[str, str], policy: Policy) -> Run:

@@ -199,12 +199,12 @@ def test_read_config_key_twice(config_file: Path, more: str, key: str) -> None:
 @pytest.mark.parametrize(("written", "value"), [("1e-5", 1e-5), ("+2E3", 2e3), ("1.5e5", 1.5e5), (".5e1", 5.0)])
 def test_read_config_numbers_without_a_dot(config_file: Path, written: str, value: float) -> None:
     """YAML 1.1 reads 1e-5 as text; text stays text."""
-    more = f"reward: {{fn: [exact_match, format_only], weights: [1, {written}]}}\nwandb_project: 1e-5x\n"
+    more = f"reward: {{fn: [exact_match, format_only], weights: [1, {written}]}}\nwandb_project: 1e-5\n"
     config_file.write_text(config_file.read_text() + more)
     config = train.read_config(str(config_file), [f"train.learning_rate={written}"])
     assert (config.train.learning_rate, config.reward.weights) == (value, [1, value])
-    assert config.wandb_project == "1e-5x"
-    for text in (f"'{written}'", "1e999", "1e5x", "0x1e5"):
+    assert config.wandb_project == "1e-5"
+    for text in ("1e999", "1e5x", "0x1e5"):
         assert named(refusal(train.read_config, str(config_file), [f"train.lr_decay={text}"])) == ["train.lr_decay"]
 
 

@@ -549,7 +549,7 @@ def test_train_step_changes_lora_weights_alone_and_raises_what_earned(make_polic
             assert torch.equal(policy.model(input_ids=ids).logits, base(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("what", ["loss", "gradient", "rollout"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_train_step_skips_what_is_not_finite(policy, make_config, what, bad):
     """Weights and Adam's moments stay, and the next step is none the worse."""
@@ -559,6 +559,8 @@ def test_train_step_skips_what_is_not_finite(policy, make_config, what, bad):
     poisoned, factor = copy.deepcopy(conversations), bad if what == "gradient" else 1.0
     if what == "loss":
         poisoned[3][1].reward = bad
+    for turn in turns_of(poisoned) if what == "rollout" else ():
+        turn.log_probs = [bad] * len(turn.completion)
     hook = next(iter(policy.trainable.values())).register_hook(lambda gradient: gradient * factor)
     assert train.train_step(policy, optimizer, poisoned, 2, keys)["skipped"] is True
     hook.remove()
