@@ -1971,15 +1971,18 @@ Made = tuple[Rows, list[list[float]]]  # completions, EOS included where it was 
 
 
 def make_sampler(policy: Policy, fast: bool, model_name: str) -> Any:
-    """The fastest sampler that serves the policy's model; with `fast` off, model.generate. Logs which, and why."""
-    sampler, reasons = Generate(policy), [] if fast else ["model.fast_inference is false"]
-    for kind in (Decoder, GraphSampler) if fast else ():
+    """The fastest sampler that serves the policy's model; with `fast` off, model.generate. Logs which, and why. Raises
+    UserError where none does."""
+    reasons = [] if fast else ["model.fast_inference is false"]
+    for kind in (Decoder, GraphSampler, Generate) if fast else (Generate,):
         try:
             sampler = check_exact(kind(policy), policy)
             break
         except Exception as error:  # also whatever a model's own code raises where a graph is captured
             fault = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             reasons.append(fault.split("\n")[0])
+    else:
+        raise UserError(f"model.name: {model_name} cannot be sampled: {reasons[-1]}")
     log(f"Rollouts of {model_name} use {sampler.name}" + (f" ({'; '.join(reasons)})." if reasons else "."))
     return sampler
 
@@ -2062,7 +2065,7 @@ class Generate:
 
     policy: Policy
     name = "model.generate"
-    conversation = forget = nullcontext  # nothing is kept from one turn to the next
+    conversation = forget = release = nullcontext  # nothing is kept from one turn to the next
 
     def generate(self, prompts: Rows, max_new_tokens: int, temperature: float, seed: int, first_row: int = 0) -> Made:
         """As `sample`, for rows that fit in memory."""

@@ -352,11 +352,7 @@ def test_models_that_the_decoder_does_not_serve_are_named_with_the_reason(config
 def test_make_sampler_logs_one_line_that_names_the_sampler_and_the_reason(monkeypatch):
     lines, served = [], {}
     monkeypatch.setattr(train, "log", lines.append)
-    for config, fast in (
-        (CONFIGS["qwen2"], True),
-        (CONFIGS["qwen2"], False),
-        (OTHERS["gemma3"], True),
-    ):
+    for config, fast in ((CONFIGS["qwen2"], True), (CONFIGS["qwen2"], False), (OTHERS["gemma3"], True)):
         served[len(lines)] = type(make_sampler(policy_of(make_model(config, {})), fast, "some/model"))
     assert [*served.values()] == [Decoder, Generate, GraphSampler]
     for line, word in zip(lines, ("decoder", "fast_inference", "Gemma3ForCausalLM"), strict=True):
@@ -375,6 +371,9 @@ def test_make_sampler_falls_back_where_a_graph_fails_its_trial(fault, monkeypatc
     assert type(make_sampler(policy, True, "some/model")) is Generate
     assert ("division" if fault == "raises" else "nats") in lines[0]
     assert policy.model.training
+    monkeypatch.setattr(Generate, "generate", lambda *_: 1 / 0)
+    with pytest.raises(train.UserError, match="some/model cannot be sampled: .*division"):
+        make_sampler(policy, True, "some/model")
 
 
 # ------------------------------------------------------------------------------------------------------ the decoder
