@@ -501,6 +501,9 @@ def log(message: str, always: bool = False) -> None:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
+log_once = cache(log)  # each message
+
+
 # ---------------------------------------------------------------------------------------------------------- the run
 def train_and_evaluate(args: Namespace, config: Config) -> None:
     """The whole run: evaluate, Stage I, evaluate, Stage II, evaluate. Raises UserError, RunError, Interrupted."""
@@ -846,6 +849,7 @@ def stage_batches(stage: int, examples: int, config: Config) -> list[list[int]]:
 
 # ------------------------------------------------------------------------------------------------------------ model
 ENOUGH_TOKENS = 8192  # a micro-batch of as many keeps a card busy: more would take memory, and no less time
+LOSS_SCALE = 2.0**16  # of float16, at first and at most: a gradient of 1e-9, times this, is not rounded to 0
 
 
 @dataclass
@@ -930,8 +934,8 @@ def text_config(config: Config) -> Any:
 
 
 def unsloth_serves(config: Config) -> bool:
-    """Whether Unsloth runs here and has code of its own for the model. For others it compiles transformers' code, which
-    takes up to three minutes, and some of what comes out cannot be captured as a graph."""
+    """Whether Unsloth runs here and has code of its own for the model. For others it compiles transformers' code, some
+    of which can then not be captured as a graph: .github/RESULTS.md."""
     text = text_config(config)
     written = text.model_type in ("llama", "mistral", "qwen2", "qwen3") and not hasattr(text, "multimodal_parent")
     return DEVICE.type != "cpu" and written and not getattr(text, "sliding_window", None)
@@ -1024,7 +1028,7 @@ def load_base(config: Config, **how: Any) -> Any:
 
 def lora_settings(base: Any, config: Config) -> dict[str, Any]:
     """PEFT's settings for this model. Raises UserError that lists the targets it lacks, and all that it has."""
-    still(base)
+    make_deterministic(base)
     lora, name, head = config.model.lora, config.model.name, base.get_output_embeddings()
     linear = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
     layers = [f".{path}" for path, layer in base.named_modules() if isinstance(layer, linear) and layer is not head]
@@ -1049,7 +1053,7 @@ def lora_settings(base: Any, config: Config) -> dict[str, Any]:
     return {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": targets}
 
 
-def still(base: Any) -> None:
+def make_deterministic(base: Any) -> None:
     """Switches off what makes a token's log-prob depend on more than the tokens before it: a model's own dropout and
     noise, which would train another policy than was sampled, and rotary embeddings that look at the row's length, which
     `check_length` keeps where they do not change. Raises ValueError for a router whose noise stays."""
@@ -1171,8 +1175,6 @@ def autocast(policy: Policy) -> Any:
 MAX_GRAD_NORM = 1.0
 MAX_SKIPPED_STEPS = 10  # in a row, until a run whose loss is not finite ends
 SILENT_STEPS = 3  # in a row, until a line says that nothing is learned
-LOSS_SCALE = 2.0**16  # of float16, at first and at most: a gradient of 1e-9, times this, is not rounded to 0
-log_once = cache(log)  # each message
 
 
 def train_stage(
@@ -2720,7 +2722,8 @@ transformers.AttentionMaskInterface.register("grouped", transformers.masking_uti
 class GraphSampler(Decoder):
     """Samples with the model's own forward over a static cache: for architectures that Decoder does not know.
 
-    Prompts are padded on the left: all rows write to one slot. A graph needs its cache, so large ones go after use."""
+    Prompts are padded on the left: all rows write to one slot. A graph needs its cache, so large ones go after use.
+    GPU runs are of df36be3, before LoRA and norms were fused here; check_exact guards both."""
 
     name = "a graph of the model's own forward"
     compact = False

@@ -67,7 +67,7 @@ def make_model(config, lora: dict, device="cpu"):
     settings = {"r": 5, "lora_alpha": 7, "lora_dropout": 0.1, "target_modules": ALL} | lora
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
     shake(model)
-    train.still(model)
+    train.make_deterministic(model)
     return model.to(device).eval()
 
 
