@@ -2723,7 +2723,7 @@ class GraphSampler(Decoder):
     """Samples with the model's own forward over a static cache: for architectures that Decoder does not know.
 
     Prompts are padded on the left: all rows write to one slot. A graph needs its cache, so large ones go after use.
-    GPU runs are of df36be3, before LoRA and norms were fused here; check_exact guards both."""
+    GPU runs are of df36be3, before LoRA and norms were fused here; `logprob_drift` would show a fault of either."""
 
     name = "a graph of the model's own forward"
     compact = False
