@@ -64,30 +64,16 @@ import reward_function as rewards
 from reward_function import ANSWER_EXTRACTORS, MATCH_FNS, RewardError, answer_reader, did_you_mean
 
 # ---------------------------------------------------------------------------------------------------- configuration
-
-
-def read_number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-5 (no dot) as text; a number written so is still a number."""
-    if isinstance(value, str):
-        with suppress(ValueError):
-            return float(value)
-    return value
-
-
-Real = Annotated[float, BeforeValidator(read_number), Field(allow_inf_nan=False)]
+# YAML 1.1 reads 1e-5 (no dot) as text; a number written so is still a number.
+Real = Annotated[float, BeforeValidator(lambda v: float(v) if isinstance(v, str) else v), Field(allow_inf_nan=False)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 Names = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1)]
 
 
 def key(default: Any, meaning: str, **bounds: Any) -> Any:
-    """A config key: its default, its meaning for --help, its bounds."""
-    return Field(default, description=meaning, **bounds)
-
-
-def refuse(faults: dict[str, Any], error: type[Exception] = ValueError) -> None:
-    """Raises one error for the faults that are there, a line each. A line begins with the key or flag to change."""
-    if lines := [line for line, there in faults.items() if there]:
-        raise error("\n".join(lines))
+    """A config key: its default and meaning, both for --help, and its bounds."""
+    shown = "required" if default is ... else json.dumps(default)
+    return Field(default, description=f"{shown}: {meaning}", **bounds)
 
 
 class Section(BaseModel):
@@ -131,16 +117,15 @@ class WorkedExample(Section):
     output: str = key(..., "its answer in the format", min_length=1)
 
 
-PAPERS_INSTRUCTION = (
-    "There might be an error in the solution above because of lack of understanding of the question. Please correct "
-    "the error, if any, and rewrite the solution."
-)
-
-
 class PromptsConfig(Section):
     system: str = key("", "system prompt; empty: none")
     examples: list[WorkedExample] = key([], "worked examples, shown as earlier turns: a list of {input, output}")
-    self_correction: str = key(PAPERS_INSTRUCTION, "the instruction between attempt 1 and attempt 2", min_length=1)
+    self_correction: str = key(
+        "There might be an error in the solution above because of lack of understanding of the question. Please "
+        "correct the error, if any, and rewrite the solution.",
+        "the instruction between attempt 1 and attempt 2",
+        min_length=1,
+    )
 
 
 class RewardConfig(Section):
@@ -155,17 +140,14 @@ class RewardConfig(Section):
     @classmethod
     def is_there(cls, value: Any, found: Any) -> Any:
         """Runs the module. Its functions can be named by the other keys, so if it fails they are not judged."""
+        known = {"answer_extractor": ANSWER_EXTRACTORS, "match": MATCH_FNS}.get(found.field_name, ())
         if found.field_name == "module" and value:
             rewards.load_reward_module(value)
-        if "module" not in found.data:
-            return value
-        if found.field_name == "fn":
+        elif found.field_name == "fn" and "module" in found.data:
             for name in value:
                 if fault := rewards.reward_fault(name, found.data["module"]):
                     raise ValueError(f"{name!r} {fault}")
-            return value
-        known = ANSWER_EXTRACTORS if found.field_name == "answer_extractor" else MATCH_FNS
-        if value not in known:
+        elif known and "module" in found.data and value not in known:
             raise ValueError(f"is not registered; known are {', '.join(sorted(known))}{did_you_mean(value, known)}")
         return value
 
@@ -202,23 +184,6 @@ class TrainConfig(Section):
         epochs, steps = getattr(self, f"stage{stage}_epochs"), getattr(self, f"stage{stage}_steps")
         return bool(epochs if steps is None else steps)
 
-    @pydantic.model_validator(mode="after")
-    def fits_together(self) -> TrainConfig:
-        """Faults between keys. Each line begins with the key to change."""
-        need, rollouts = self.max_prompt_length_attempt1 + self.max_new_tokens_attempt1 + 1, self.num_generations
-        prompt2, compared = self.max_prompt_length_attempt2 or need, self.baseline != "none"
-        few = "the baseline compares first attempts, of which a step needs 2 or more; raise it"
-        faults = {
-            f"max_prompt_length_attempt2: needs {need} or more to hold attempt 1; leave it out": prompt2 < need,
-            f"stage1_corrections: must divide train.num_generations, {rollouts}": rollouts % self.stage1_corrections,
-            f"stage1_batch_size: {few}": compared and self.stage1_batch_size * rollouts == self.stage1_corrections,
-            f"stage2_batch_size: {few}": compared and self.stage2_batch_size * rollouts == 1,
-            "oversample: needs a baseline, num_generations > 1": self.oversample > 1
-            and (rollouts == 1 or not compared),
-        }
-        refuse(faults)
-        return self
-
 
 class EvalConfig(Section):
     batch_size: int = key(64, "rows sampled at once", ge=1)
@@ -244,34 +209,24 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     output: OutputConfig = OutputConfig()
 
-    @pydantic.model_validator(mode="after")
-    def fits_together(self) -> Config:
-        train, dataset, functions = self.train, self.dataset, self.reward.fn
-        prompt2 = train.max_prompt_length_attempt1 + train.max_new_tokens_attempt1 + 1
-        need = (train.max_prompt_length_attempt2 or prompt2) + train.max_new_tokens_attempt2
-        given, weights = self.model.max_seq_length or need, self.reward.weights or functions
-        faults = {
-            f"model.max_seq_length: a conversation can take {need} tokens; leave it out": given < need,
-            "dataset.test_split_size: required with dataset.split": dataset.split and dataset.test_split_size is None,
-            f"reward.weights: needs {len(functions)}, one a function of reward.fn": len(weights) != len(functions),
-        }
-        refuse(faults)
-        return self
 
-
-def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
+def known_keys(section: Any = Config, prefix: str = "") -> dict[str, Any]:
     """Every dotted key of the schema with its field, sections included."""
     keys = {}
-    for name, info in section.model_fields.items():
-        keys[prefix + name] = info
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            keys |= known_keys(info.annotation, f"{prefix}{name}.")
+    for name, info in getattr(section, "model_fields", {}).items():
+        keys |= {prefix + name: info} | known_keys(info.annotation, f"{prefix}{name}.")
     return keys
 
 
 # ----------------------------------------------------------------------------------------------------- command line
 class UserError(Exception):
     """Bad user input. The message names the setting and the fix. Exit code 2."""
+
+
+def refuse(faults: dict[str, Any]) -> None:
+    """Raises UserError for the faults that are there, a line each. A line begins with the key or flag to change."""
+    if lines := [line for line, there in faults.items() if there]:
+        raise UserError("\n".join(lines))
 
 
 class RunError(Exception):
@@ -284,14 +239,16 @@ class Interrupted(Exception):
 
 def first_line(error: BaseException) -> str:
     text = str(getattr(error, "strerror", None) or error).strip()  # the system's errors repeat the path
-    line = (text.splitlines() or [type(error).__name__])[0].rstrip()
+    line = text.splitlines()[0] if text else type(error).__name__
     return line[:300] + "; model.trust_remote_code: true would run it" * ("trust_remote_code" in str(error))
 
 
 def parse_command_line(argv: list[str] | None = None) -> tuple[Namespace, Config]:
     """Reads flags and config. Raises UserError."""
-    parser = ArgumentParser(epilog=describe_keys(), formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    keys = "".join(f"\n  {name}\n      {info.description}" for name, info in known_keys().items() if info.description)
+    parser = ArgumentParser(formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.description = "SCoRe: two-stage RL for self-correction on one GPU."
+    parser.epilog = f"keys of the config file (default: meaning):{keys}"
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.SUB=VALUE", help="override keys")
     parser.add_argument("--smoke", type=int, metavar="N", help="a quick check of every path on N examples")
@@ -301,35 +258,24 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Namespace, Config
     parser.add_argument("--eval-only", action="store_true", help="evaluate the base model, or --resume-adapter")
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in the way")
     parser.add_argument("--quiet", action="store_true", help="print the final table and errors only")
-    how = "(--help lists the flags)"  # argparse's own way prints the usage too
-    parser.error = lambda message: refuse({f"{' '.join(message.split())} {how}": True}, UserError)
+    parser.error = lambda message: refuse({" ".join(message.split()): True})  # argparse's own prints the usage too
     args = parser.parse_args(argv)
     config = read_config(args.config, args.set)
     stage2, adapter, few = args.start_stage == 2, args.resume_adapter, args.smoke is not None and args.smoke < 4
     clash = args.resume and (args.eval_only or args.overwrite or adapter)
     faults = {
-        "--start-stage 2: needs --resume-adapter DIR, or --resume": stage2 and not (adapter or args.resume),
-        "--start-stage: trains, --eval-only does not; leave one out": stage2 and args.eval_only,
+        "--start-stage 2: needs --resume-adapter DIR or --resume, and trains: it does not go with --eval-only": stage2
+        and (args.eval_only or not (adapter or args.resume)),
         "--resume-adapter: goes with --start-stage 2 or --eval-only": adapter and not (stage2 or args.eval_only),
         "--resume: goes on with the run as it is, without --eval-only, --overwrite, --resume-adapter": clash,
         f"--smoke {args.smoke}: needs 4 examples or more, for two steps of two": few,
     }
-    refuse(faults, UserError)
+    refuse(faults)
     if args.smoke:
         shrink_for_smoke(config, args.smoke)
     if adapter:
         check_adapter(Path(adapter), config)
     return args, config
-
-
-def describe_keys() -> str:
-    """The keys of a config file for --help: default and meaning."""
-    lines = ["keys of the config file (default: meaning):"]
-    for name, info in known_keys().items():
-        if info.description:
-            default = "required" if info.is_required() else json.dumps(info.default)
-            lines.append(f"  {name}\n      {default if len(default) < 40 else 'see train.py'}: {info.description}")
-    return "\n".join(lines)
 
 
 class UniqueKeys(yaml.SafeLoader):
@@ -346,57 +292,53 @@ class UniqueKeys(yaml.SafeLoader):
 def read_config(path: str, overrides: list[str] = ()) -> Config:
     """Reads a YAML file, applies `key.sub=value` overrides and validates the result. Raises UserError."""
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8-sig"), UniqueKeys)  # noqa: S506
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read: {first_line(error)}") from None
+        tree = {**yaml.load(Path(path).read_text(encoding="utf-8-sig"), UniqueKeys)}  # noqa: S506
     except Exception as error:  # yaml has more than its own: 2025-13-13 is a ValueError, !!bool maybe a KeyError
-        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
-    if not isinstance(tree, dict):
-        what = "empty" if tree is None else type(tree).__name__
-        raise UserError(f"--config {path}: must be a mapping of keys to values, and is {what}")
+        raise UserError(f"--config {path}: no YAML of keys and values: {' '.join(str(error).split())[:300]}") from None
     for override in overrides:
-        set_key(tree, override)
+        try:
+            name, value = override.split("=", 1)
+            *parents, last = name.split(".")
+            section = tree
+            for part in parents:
+                section = section.setdefault(part, {})
+            section[last] = yaml.load(value, UniqueKeys)  # noqa: S506
+        except Exception:  # no =, whatever YAML raises, or a key that is no section
+            what = "must read key.sub=value, with a section's key and a value in YAML"
+            raise UserError(f"--set {override!r}: {what}") from None
     return check_config(tree)
 
 
-def set_key(tree: dict[str, Any], override: str) -> None:
-    """Applies one `key.sub=value`. Raises UserError."""
-    name, equals, text = override.partition("=")
-    *parents, last = name.split(".")
-    try:
-        for part in parents:
-            tree = tree.setdefault(part, {})
-        tree[last] = yaml.load(text, UniqueKeys)  # noqa: S506
-    except Exception:  # whatever YAML raises, or a key that is no section
-        equals = ""
-    if not (equals and last and all(parents)):
-        raise UserError(f"--set {override!r}: must read key.sub=value, with a section's key and a value in YAML")
-
-
 def check_config(tree: dict[str, Any]) -> Config:
-    """Validates a whole config. Raises UserError with one line a fault: first those of single keys, all at once; where
-    there are none, those between keys."""
+    """Validates a whole config. Raises UserError, a line a fault: all those of single keys, else those between keys."""
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
-        lines = [line for fault in error.errors() for line in fault_lines(fault)]
-        raise UserError("\n".join(dict.fromkeys(lines))) from None
+        raise UserError("\n".join(dict.fromkeys(map(fault_line, error.errors())))) from None
+    train, functions, weights = config.train, config.reward.fn, config.reward.weights
+    rollouts, compared = train.num_generations, train.baseline != "none"
+    alone = rollouts == 1 or not compared
+    few = "the baseline compares first attempts, of which a step needs 2 or more; raise it"
+    faults = {
+        f"reward.weights: needs {len(functions)}, one a function": len(weights or functions) != len(functions),
+        f"train.stage1_corrections: must divide train.num_generations, {rollouts}": rollouts % train.stage1_corrections,
+        f"train.stage1_batch_size: {few}": compared and train.stage1_batch_size * rollouts == train.stage1_corrections,
+        f"train.stage2_batch_size: {few}": compared and train.stage2_batch_size * rollouts == 1,
+        "train.oversample: needs a baseline, num_generations > 1": train.oversample > 1 and alone,
+    }
+    refuse(faults)
+    return config
 
 
-def fault_lines(fault: dict[str, Any]) -> list[str]:
-    """The key, the bad value, what would be right; one line a fault."""
-    name = ".".join(str(part) if str(part).isprintable() else repr(part) for part in fault["loc"])
+def fault_line(fault: dict[str, Any]) -> str:
+    """The key, the bad value, what would be right."""
+    name = ".".join(part if str(part).isidentifier() else repr(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         homes = [known for known in known_keys() if known.split(".")[-1] == name.split(".")[-1]]
-        meant = f"; it belongs to {homes[0]}" if homes else did_you_mean(name, known_keys())
-        return [f"{name}: unknown key{meant}"]
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "value_error" and name in ("", "train"):  # between keys: `fits_together`
-        return [f"{name}.{line}" if name else line for line in message.split("\n")]
+        return f"{name}: unknown key{f'; it belongs to {homes[0]}' if homes else did_you_mean(name, known_keys())}"
+    message = fault["msg"].removeprefix("Value error, ")[:300]
     value = f" (got {reprlib.repr(fault['input'])})" if not isinstance(fault["input"], dict) else ""
-    choices = (fault.get("ctx") or {}).get("expected", "").split("'")[1::2]
-    close = did_you_mean(reprlib.repr(fault["input"]).strip("'"), choices)
-    return [f"{name}: {message[0].lower() + message[1:]}{value}{close}"]
+    return f"{name}: {message[0].lower() + message[1:]}{value}"
 
 
 def shrink_for_smoke(config: Config, examples: int) -> None:
@@ -404,10 +346,9 @@ def shrink_for_smoke(config: Config, examples: int) -> None:
     train = config.train
     config.run_name += "-smoke"
     batch = max(2, examples // 2 // min(2, train.oversample))
-    most = {"stage1_batch_size": batch, "stage2_batch_size": batch, "stage1_corrections": 2, "oversample": 2}
+    most = {"stage1_batch_size": batch, "stage2_batch_size": batch, "oversample": 2}
     for name, limit in (most | {"max_new_tokens_attempt1": 64, "max_new_tokens_attempt2": 64}).items():
         setattr(train, name, min(limit, getattr(train, name)))
-    train.num_generations = 2 * train.stage1_corrections if train.num_generations > 1 else 1
     train.stage1_steps, train.stage2_steps = (2 * train.has_stage(stage) for stage in (1, 2))
     train.checkpoint_every = 1
     config.eval.max_examples = min(examples, config.eval.max_examples or examples)
@@ -416,25 +357,22 @@ def shrink_for_smoke(config: Config, examples: int) -> None:
 
 def check_adapter(folder: Path, config: Config) -> None:
     """Refuses, before any model is loaded, an adapter that does not fit the config. Raises UserError."""
+    place, name, lora = f"--resume-adapter {folder}", config.model.name, config.model.lora
     try:
-        saved = dict(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        near = ", ".join(sorted(place.name for place in folder.parent.glob("step_*"))) or "outputs/NAME/stage1"
-        raise UserError(f"--resume-adapter {folder}: no sound adapter there; give one such as {near}") from None
-    base, wanted, lora = str(saved.get("base_model_name_or_path")), config.model.name, config.model.lora
-    if Path(base).exists() and Path(wanted).exists() and Path(base).samefile(wanted):
-        base = wanted
-    named = not any(name == "all-linear" or "." in name for name in lora.target_modules)  # else the weights' names tell
-    targets = set(lora.target_modules) if named else set()
-    fits = {
-        "model.name": (base, wanted),
+        saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base, modules = str(saved["base_model_name_or_path"]), sorted(lora.target_modules)
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"{place}: no sound adapter there; give one such as outputs/NAME/stage1") from None
+    pairs = {
+        "model.name": (name if os.path.realpath(base) == os.path.realpath(name) else base, name),
         "model.lora.r": (saved.get("r"), lora.r),
         "model.lora.alpha": (saved.get("lora_alpha"), lora.alpha),
-        "model.lora.target_modules": (sorted(targets and saved.get("target_modules") or []), sorted(targets)),
     } | {name: (saved.get(name) or None, None) for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")}
-    for name, (theirs, ours) in fits.items():
+    if not any(module == "all-linear" or "." in module for module in modules):  # else the weights' names tell
+        pairs["model.lora.target_modules"] = (sorted(saved.get("target_modules") or []), modules)
+    for key, (theirs, ours) in pairs.items():
         if theirs != ours:
-            raise UserError(f"--resume-adapter {folder}: trained with {name} {theirs}, and here it is {ours}")
+            raise UserError(f"{place}: trained with {key} {theirs}, and here it is {ours}")
 
 
 if __name__ == "__main__":  # here, so that a mistyped key costs a second, not the minute that the imports may take
@@ -659,7 +597,7 @@ def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
         f"train.max_prompt_length_attempt2: needs {need} or more to hold attempt 1; leave it out": given < need,
         f"model.max_seq_length: a conversation can take {longest} tokens; leave it out": whole < longest,
     }
-    refuse(faults, UserError)
+    refuse(faults)
     return bridge, "<think>" if tail.rstrip().endswith("<think>") else ""
 
 
