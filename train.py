@@ -49,8 +49,8 @@ import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
-from dataclasses import dataclass, field
-from datetime import date, datetime
+from dataclasses import dataclass, field, replace
+from datetime import date
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -426,6 +426,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 datasets.disable_progress_bars()
 datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs an error before raising it
+huggingface_hub.utils.logging.set_verbosity_error()  # it warns of each README without metadata
 QUIET = False  # --quiet
 
 
@@ -524,24 +525,21 @@ def load_tokenizer(config: Config) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=config.model.trust_remote_code)
     except Exception as error:  # a wrong name, no network, or a damaged file: each library has its own class for it
-        place = name if os.path.isdir(name) else f"{name} (no folder here, so a hub id)"
-        raise UserError(f"model.name: no tokenizer at {place}: {first_line(error)}") from None
-    if template and os.path.isfile(os.path.expanduser(template)):
-        try:
-            template = Path(template).expanduser().read_text(encoding="utf-8-sig") or "nothing"
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"model.chat_template: {template} cannot be read: {error}") from None
-    if template and "{{" not in template and "{%" not in template:
-        raise UserError(f"model.chat_template: no Jinja template, and no file: {config.model.chat_template!r}")
-    tokenizer.chat_template = template or tokenizer.chat_template
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
-        raise UserError(f"model.name: {name} has no tokenizer (tokenizer.json)")
+        place = "there" if os.path.isdir(name) else "on the hub, and no folder here"
+        raise UserError(f"model.name: {name}: no tokenizer {place}: {first_line(error)}") from None
+    if template:
+        with suppress(OSError, ValueError):  # no file: it is the template itself
+            template = Path(template).expanduser().read_bytes().decode("utf-8-sig", errors="replace")
+        if not ("{{" in template or "{%" in template) or "\ufffd" in template:
+            raise UserError(f"model.chat_template: no Jinja template, nor a file of one: {template[:80]!r}")
+        tokenizer.chat_template = template
     if not tokenizer.chat_template:
         with suppress(Exception):  # multimodal families may keep it beside the tokenizer, for their processor
             file = transformers.utils.cached_file(name, "chat_template.json")
             tokenizer.chat_template = json.loads(Path(file).read_text(encoding="utf-8"))["chat_template"]
-    if not tokenizer.chat_template:
-        raise UserError(f"model.name: {name} has no chat template; set model.chat_template to one or pick a chat model")
+    made_up = len(tokenizer) <= len(tokenizer.all_special_tokens)  # by transformers, where there are no files
+    if made_up or not tokenizer.chat_template:
+        raise UserError(f"model.name: {name} has no tokenizer with a chat template; set model.chat_template to one")
     return tokenizer
 
 
@@ -602,49 +600,42 @@ def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
 
 
 def load_examples(config: Config, tokenizer: Any, smoke: int | None = None) -> Splits:
-    """Train, validation and test examples. A test row is never trained on, nor is a validation row. Raises UserError.
-
-    Which rows are held out depends on the rows alone, not on the seed or their order."""
+    """Train, validation and test examples, no question in two of them, whatever the seed or order. Raises UserError."""
     wanted, splits = config.dataset, load_splits(config.dataset)
-    names, setting = ([wanted.split], "dataset.split") if wanted.split else (["train", "test"], "dataset.name")
-    for name in names:
-        if name not in splits:
-            way = "" if wanted.split else "; set dataset.split to one and dataset.test_split_size"
-            raise UserError(f"{setting}: {wanted.name} has no split {name}; it has {', '.join(splits)}{way}")
-    rows = [read_rows(splits[name], name, config) for name in names]
+    names, setting = ([wanted.split], "split") if wanted.split else (["train", "test"], "name")
+    if missing := [name for name in names if name not in splits]:
+        there = f"it has {', '.join(splits)}; set dataset.split to one and dataset.test_split_size"
+        raise UserError(f"dataset.{setting}: {wanted.name} has no split {missing[0]}; {there}")
+    rows = [read_rows(splits[name], name, config, tokenizer) for name in names]
     train, test = hold_out(*rows, wanted.test_split_size, "dataset.test_split_size") if wanted.split else rows
-    asked = {plain(row[0]) for row in test}
-    kept = [row for row in train if plain(row[0]) not in asked]
+    asked = {plain(example) for example in test}
+    kept = [example for example in train if plain(example) not in asked]
     if len(kept) < len(train):
         log(f"Warning: {len(train) - len(kept)} train rows are also test rows; they are not trained on.")
     if not kept:
         raise UserError(f"dataset.name: every train row of {wanted.name} is also a test row; nothing is left to learn")
     train, validation = hold_out(kept, config.eval.validation, "eval.validation")
-    parts = {"train": train, "validation": validation, "test": test[: wanted.test_split_size]}
-    train, validation, test = (encode_rows(rows, name, config, tokenizer) for name, rows in parts.items())
-    return train[:smoke], validation, test[: config.eval.max_examples]
+    return train[:smoke], validation, test[: wanted.test_split_size][: config.eval.max_examples]
 
 
-def plain(question: str) -> str:
+def plain(example: Example) -> str:
     """A question without what does not tell it from another: white space."""
-    return " ".join(question.split())
+    return " ".join(example.question.split())
 
 
-def hold_out(rows: list[tuple], count: int, name: str) -> tuple[list[tuple], list[tuple]]:
+def hold_out(rows: list[Example], count: int | None, name: str) -> tuple[list[Example], list[Example]]:
     """The rows to keep and `count` others, chosen by the hash of the question, so that a question is on one side."""
-    by_hash = sorted(rows, key=lambda row: hashlib.sha256(plain(row[0]).encode(errors="replace")).digest())
-    asked = {plain(row[0]) for row in by_hash[:count]}
-    kept, held_out = ([row for row in rows if (plain(row[0]) in asked) is out] for out in (False, True))
+    by_hash = sorted(rows, key=lambda row: hashlib.sha256(plain(row).encode(errors="replace")).digest())
+    asked = set(map(plain, by_hash[:count]))
+    kept, held_out = ([row for row in rows if (plain(row) in asked) is out] for out in (False, True))
     if not kept:
-        raise UserError(f"{name}: {count} leaves nothing of {len(rows)} rows to train on; lower it")
+        raise UserError(f"{name}: {count} of {len(rows)} rows leaves none to train on; give a lower number")
     return kept, held_out
 
 
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-
-
 def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
-    """The dataset's splits by name, from a file, a folder (of files, or one of save_to_disk) or the hub."""
+    """The dataset's splits by name: from a file, a folder (laid out as on the hub, or by save_to_disk) or the hub. Each
+    split of a folder is read by itself: its columns may have other types than another's. Raises UserError."""
     place = wanted.name
     try:
         path = Path(wanted.name, wanted.config_name or "")
@@ -652,13 +643,14 @@ def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
         if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
             loaded = datasets.load_from_disk(str(path))
         elif path.exists():
-            loaded = {}
-            for split, files in (split_files(path) or split_files(path / "data")).items():
-                place, reader = ", ".join(files), READERS[Path(files[0]).suffix]
-                loaded[split] = datasets.load_dataset(reader, data_files=files, split="train")
+            folder, file = (path.parent, {"train": path.name}) if path.is_file() else (path, None)
+            found, loaded = datasets.load_dataset_builder(str(folder), data_files=file), {}
+            for split, files in found.config.data_files.items():
+                place = ", ".join(files)
+                loaded[str(split)] = datasets.load_dataset(found.name, data_files=files, split="train")
         else:
             loaded = datasets.load_dataset(wanted.name, wanted.config_name, revision=wanted.revision)
-        loaded = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+        loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
         for split, rows in loaded.items():
             place = f"{wanted.name} ({split})"
             rows.data.validate(full=True)  # the reader of JSON lets text pass that is not UTF-8
@@ -666,86 +658,61 @@ def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
         cause = error.__cause__ or error
         reason = "it is empty" if isinstance(cause, StopIteration) else first_line(cause)
         raise UserError(f"dataset.name: cannot load {place}: {reason}") from None
-    if not loaded:
-        raise UserError(f"dataset.name: {path} holds no train/test .jsonl, .parquet, .csv files")
     return loaded
 
 
-def split_files(path: Path) -> dict[str, list[str]]:
-    """The files of each split of a folder; the hub's parquet files are called train-00000-of-00001. A file is train."""
-    found: dict[str, list[str]] = {}
-    for file in [path] if path.is_file() else sorted(path.glob("*")):
-        split = "train" if file == path else file.stem.split("-")[0]
-        if file.suffix in READERS and (file.suffix != ".json" or split in ("train", "test")):
-            found.setdefault(split, []).append(str(file))
-    return found
-
-
-def read_rows(rows: Any, split: str, config: Config) -> list[tuple[str, str, dict[str, Any]]]:
-    """(question, target, columns for rewards) of each row. Faulty rows are left out with a count. Raises UserError."""
+def read_rows(rows: Any, split: str, config: Config, tokenizer: Any) -> list[Example]:
+    """The examples of a split. Rows that cannot be used are left out with a count. Raises UserError."""
     wanted, reward = config.dataset, config.reward
     for setting, column in (("input_field", wanted.input_field), ("target_field", wanted.target_field)):
         if column not in rows.column_names:
             there = f"it has {', '.join(rows.column_names)}{did_you_mean(column, rows.column_names)}"
             raise UserError(f"dataset.{setting}: no column {column!r} in {wanted.name} ({split}); {there}")
+    if any(isinstance(target, float) and abs(target) >= 2**53 for target in rows[wanted.target_field]):
+        raise UserError(f"dataset.target_field: numbers of {split} are too large to be read exactly; make them text")
     extract, kept, faults = answer_reader(reward.answer_extractor, reward.match), {}, []
-    for number, (question, target) in enumerate(zip(rows[wanted.input_field], rows[wanted.target_field], strict=True)):
-        row = f"row {number} of {split} in {wanted.name}"
-        target = as_text(target, row)
-        if fault := row_fault(question, target, extract, row):
-            faults.append(fault)
-        else:
-            kept[number] = (question, target)
-    if 2 * len(faults) > len(rows):
-        raise UserError(f"{faults[0]} ({len(faults)} of {len(rows)} rows have a fault)")
+    for number, pair in enumerate(zip(rows[wanted.input_field], rows[wanted.target_field], strict=True)):
+        try:
+            kept[number] = read_row(*pair, extract, config, tokenizer)
+        except UserError as error:
+            faults.append(f"{error} (row {number} of {split} in {wanted.name})")
     if faults:
-        log(f"Warning: {len(faults)} of {len(rows)} {split} rows are faulty and left out; the first: {faults[0]}.")
+        left_out = f"{len(faults)} of {len(rows)} {split} rows cannot be used"
+        if 2 * len(faults) > len(rows):
+            raise UserError(f"{faults[0]}: {left_out}")
+        log(f"Warning: {left_out} and are left out; the first: {faults[0]}.")
     if not kept:
         raise UserError(f"dataset.name: {wanted.name} has no {split} rows")
-    targets = [target for _, target in kept.values()]
+    targets = [example.target for example in kept.values()]
     chosen = list(rows.select(kept)) if rewards.trl_names(reward.fn) else [{}] * len(kept)
     columns = rewards.trl_columns(chosen, targets, reward.fn, reward.module, reward.columns, extract)
-    return [(*pair, named) for pair, named in zip(kept.values(), columns, strict=True)]
+    return [replace(example, columns=named) for example, named in zip(kept.values(), columns, strict=True)]
 
 
-def as_text(target: Any, row: str) -> Any:
-    """A target that a file's reader took for a number or a date, as text. Raises UserError where it lost digits."""
-    if isinstance(target, float) and abs(target) >= 2**53:
-        raise UserError(f"dataset.target_field: {row} is a number too large to be read exactly; write it as text")
-    if isinstance(target, datetime | date):
-        return target.isoformat().removesuffix("T00:00:00")
-    is_number = isinstance(target, int | float) and not isinstance(target, bool) and target == target
-    return str(target) if is_number else target
-
-
-def row_fault(question: Any, target: Any, extract: Any, row: str) -> str | None:
-    """What is wrong with a row, and the fix; None if nothing is."""
+def read_row(question: Any, target: Any, extract: Any, config: Config, tokenizer: Any) -> Example:
+    """A row as an example. A target that the file's reader took for a number or a date becomes text again. Raises
+    UserError for what is wrong with the row."""
+    if isinstance(target, date):
+        target = target.isoformat().removesuffix("T00:00:00")
+    if type(target) in (int, float) and not math.isnan(target):
+        target = str(target)
     for setting, text in (("input_field", question), ("target_field", target)):
         if not isinstance(text, str) or not text.strip():
-            what = "empty" if text is None or isinstance(text, str) else f"a {type(text).__name__}, not text"
-            return f"dataset.{setting}: {row} is {what if text == text else 'NaN'}; mend or remove the row"
-    if rewards.is_correct(target, target, extract):
-        return None
-    others = [name for name in rewards.extractors_that_read(target) if name != extract.name]
-    instead = f"; {', '.join(others)} would" * bool(others)
-    return f"dataset.target_field: {row}: {extract.name} finds no answer in {target[-60:]!r}{instead}"
+            raise UserError(f"dataset.{setting}: {reprlib.repr(text)} is no text; mend or remove the row")
+    if not rewards.is_correct(target, target, extract):
+        others = [name for name in rewards.extractors_that_read(target) if name != extract.name]
+        instead = f"; {', '.join(others)} would" * bool(others)
+        raise UserError(f"dataset.target_field: {extract.name} finds no answer in {target[-60:]!r}{instead}")
+    return Example(question, target, first_prompt(question, config, tokenizer))
 
 
-def encode_rows(rows: list[tuple], split: str, config: Config, tokenizer: Any) -> list[Example]:
-    """Builds the attempt-1 prompts. A prompt over budget is left out with a count, never cut. Raises UserError."""
-    if not rows:
-        return []
-    limit = config.train.max_prompt_length_attempt1
-    texts = [chat_text(tokenizer, config, [{"role": "user", "content": question}]) for question, *_ in rows]
-    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    fitting = [(row, prompt) for row, prompt in zip(rows, prompts, strict=True) if len(prompt) <= limit]
-    lengths = sorted(map(len, prompts))
-    if not fitting:
-        raise UserError(f"train.max_prompt_length_attempt1: {split} prompts have {lengths[0]} tokens or more; raise it")
-    if len(fitting) < len(rows):
-        out = f"{len(rows) - len(fitting)} of {len(rows)} {split} prompts (longest: {lengths[-1]} tokens)"
-        log(f"Warning: {out} are over train.max_prompt_length_attempt1 = {limit} and are left out.")
-    return [Example(question, target, prompt, columns) for (question, target, columns), prompt in fitting]
+def first_prompt(question: str, config: Config, tokenizer: Any) -> list[int]:
+    """The token ids of attempt 1's prompt. One over budget is refused, never cut. Raises UserError."""
+    text = chat_text(tokenizer, config, [{"role": "user", "content": question}])
+    prompt, most = tokenizer(text, add_special_tokens=False)["input_ids"], config.train.max_prompt_length_attempt1
+    if len(prompt) > most:
+        raise UserError(f"train.max_prompt_length_attempt1: {most}, and a prompt has {len(prompt)} tokens; raise it")
+    return prompt
 
 
 def fingerprints(data: Splits, bridge: list[int], config: Config) -> dict[str, str]:
@@ -758,8 +725,8 @@ def fingerprints(data: Splits, bridge: list[int], config: Config) -> dict[str, s
         "number format of model.dtype": number_format(config),
         "train.py": Path(__file__).read_text("latin-1"),
     }
-    texts = {name: json.dumps(thing, default=str) for name, thing in marked.items()}
-    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
+    texts = {name: json.dumps(thing, default=str).encode() for name, thing in marked.items()}
+    return {name: hashlib.sha256(text).hexdigest()[:16] for name, text in texts.items()}
 
 
 def stage_batches(stage: int, examples: int, config: Config) -> list[list[int]]:
