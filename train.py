@@ -238,9 +238,8 @@ class Interrupted(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    text = str(getattr(error, "strerror", None) or error).strip()  # the system's errors repeat the path
-    line = text.splitlines()[0] if text else type(error).__name__
-    return line[:300] + "; model.trust_remote_code: true would run it" * ("trust_remote_code" in str(error))
+    text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__  # strerror: without the path
+    return text.splitlines()[0][:300] + "; model.trust_remote_code: true would run it" * ("trust_remote_code" in text)
 
 
 def parse_command_line(argv: list[str] | None = None) -> tuple[Namespace, Config]:
@@ -304,8 +303,7 @@ def read_config(path: str, overrides: list[str] = ()) -> Config:
                 section = section.setdefault(part, {})
             section[last] = yaml.load(value, UniqueKeys)  # noqa: S506
         except Exception:  # no =, whatever YAML raises, or a key that is no section
-            what = "must read key.sub=value, with a section's key and a value in YAML"
-            raise UserError(f"--set {override!r}: {what}") from None
+            raise UserError(f"--set {override!r}: must read key.sub=value, the value in YAML") from None
     return check_config(tree)
 
 
@@ -342,7 +340,7 @@ def fault_line(fault: dict[str, Any]) -> str:
 
 
 def shrink_for_smoke(config: Config, examples: int) -> None:
-    """Two optimizer steps a stage with a checkpoint after each: few rows, few generations, short completions."""
+    """Two optimizer steps a stage with a checkpoint after each: few rows, short completions."""
     train = config.train
     config.run_name += "-smoke"
     batch = max(2, examples // 2 // min(2, train.oversample))
@@ -551,26 +549,27 @@ def opening_turns(config: Config) -> list[dict[str, str]]:
     return [{"role": role, "content": text} for role, text in turns]
 
 
-def chat_text(tokenizer: Any, config: Config, turns: list[dict[str, str]]) -> str:
-    """The chat template's text of system prompt + worked examples + `turns`, open for the assistant to write.
+def chat_text(tokenizer: Any, config: Config, *said: str) -> str:
+    """The chat template's text of system prompt + worked examples + `said`, open for the assistant to write.
 
-    The examples stand there verbatim, also where the template cuts the reasoning out of earlier turns: the template
-    renders a marker in the place of each of their texts. Raises UserError for a part that it does not render."""
-    system, name, opening = config.prompts.system, config.model.name, opening_turns(config)
-    worked = opening[1:] if system else opening
-    texts = {f"WORKEDEXAMPLETURN{number}STANDSHERE": turn["content"] for number, turn in enumerate(worked)}
-    marked = [turn | {"content": marker} for turn, marker in zip(worked, texts, strict=True)]
-    how, more = {"tokenize": False, "add_generation_prompt": True}, config.model.chat_template_kwargs
+    The template renders markers, which then give way to the texts: so these stand verbatim, also where the template
+    cuts the reasoning out of earlier turns. Raises UserError for a part that it does not render."""
+    system, opening = config.prompts.system, opening_turns(config)
+    shown = [turn["content"] for turn in opening if turn["role"] != "system"]
+    texts = {f"TEXTOFTURN{number}STANDSHERE": text for number, text in enumerate([*shown, *said])}
+    marked = [{"role": ("user", "assistant")[number % 2], "content": marker} for number, marker in enumerate(texts)]
+    how = config.model.chat_template_kwargs | {"tokenize": False, "add_generation_prompt": True}
     try:
-        text = tokenizer.apply_chat_template(opening[: bool(system)] + marked + turns, **how, **more)
+        text = tokenizer.apply_chat_template(opening[: bool(system)] + marked, **how)
     except Exception as error:  # templates raise what they like
         at_fault = "prompts.system" if system and "system" in str(error).lower() else "model.chat_template"
-        raise UserError(f"{at_fault}: the chat template of {name} refuses it: {first_line(error)}") from None
+        raise UserError(f"{at_fault}: the chat template refuses it: {first_line(error)}") from None
     if system.strip() not in text:
-        raise UserError(f"prompts.system: the chat template of {name} does not render it; put it into the problems")
-    if any(text.count(marker) != 1 for marker in texts):
-        raise UserError(f"prompts.examples: the chat template of {name} does not render them; use prompts.system")
-    return re.sub("|".join(texts), lambda marker: texts[marker[0]], text) if texts else text
+        raise UserError("prompts.system: the chat template does not render it; put it into the problems")
+    if missing := [number for number, marker in enumerate(texts) if text.count(marker) != 1]:
+        at_fault = "prompts.examples" if missing[0] < len(shown) else "model.chat_template"
+        raise UserError(f"{at_fault}: the chat template must render each turn once; leave examples out, or change it")
+    return re.sub("|".join(texts), lambda marker: texts[marker[0]], text)
 
 
 def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
@@ -578,14 +577,9 @@ def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
 
     The attempt-2 prompt is attempt-1 prompt + attempt 1 verbatim + bridge. Rendering the conversation through the
     template instead would cut the reasoning out of attempt 1 where the template strips <think> from history (Qwen3),
-    and would tokenise anew what the policy sampled. So the template renders a marker, and what follows it is the
-    bridge. Fills in the budgets that the config leaves open. Raises UserError."""
-    marker, correction, train = "FIRSTATTEMPTSTANDSHERE", config.prompts.self_correction, config.train
-    turns = [("user", "?"), ("assistant", marker), ("user", correction)]
-    text = chat_text(tokenizer, config, [{"role": role, "content": content} for role, content in turns])
-    _, _, tail = text.partition(marker)
-    if text.count(marker) != 1 or correction.strip() not in tail:
-        raise UserError("model.chat_template: must render attempt 1 once, and prompts.self_correction after it")
+    and would tokenise anew what was sampled. Fills in the budgets that the config leaves open. Raises UserError."""
+    attempt1, train = "FIRSTATTEMPTSTANDSHERE", config.train
+    _, _, tail = chat_text(tokenizer, config, "?", attempt1, config.prompts.self_correction).partition(attempt1)
     bridge = tokenizer(tail, add_special_tokens=False)["input_ids"]
     need = train.max_prompt_length_attempt1 + train.max_new_tokens_attempt1 + len(bridge)
     train.max_prompt_length_attempt2 = given = train.max_prompt_length_attempt2 or need
@@ -636,7 +630,7 @@ def hold_out(rows: list[Example], count: int | None, name: str) -> tuple[list[Ex
 def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
     """The dataset's splits by name: from a file, a folder (laid out as on the hub, or by save_to_disk) or the hub. Each
     split of a folder is read by itself: its columns may have other types than another's. Raises UserError."""
-    place = wanted.name
+    split = "all splits"
     try:
         path = Path(wanted.name, wanted.config_name or "")
         path = path if path.is_dir() else Path(wanted.name)
@@ -646,18 +640,16 @@ def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
             folder, file = (path.parent, {"train": path.name}) if path.is_file() else (path, None)
             found, loaded = datasets.load_dataset_builder(str(folder), data_files=file), {}
             for split, files in found.config.data_files.items():
-                place = ", ".join(files)
                 loaded[str(split)] = datasets.load_dataset(found.name, data_files=files, split="train")
         else:
             loaded = datasets.load_dataset(wanted.name, wanted.config_name, revision=wanted.revision)
         loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
-        for split, rows in loaded.items():
-            place = f"{wanted.name} ({split})"
-            rows.data.validate(full=True)  # the reader of JSON lets text pass that is not UTF-8
+        for split in loaded:
+            loaded[split].data.validate(full=True)  # the reader of JSON lets text pass that is not UTF-8
     except Exception as error:  # one class a library, a network and a file format
         cause = error.__cause__ or error
         reason = "it is empty" if isinstance(cause, StopIteration) else first_line(cause)
-        raise UserError(f"dataset.name: cannot load {place}: {reason}") from None
+        raise UserError(f"dataset.name: cannot load {wanted.name} ({split}): {reason}") from None
     return loaded
 
 
@@ -684,8 +676,7 @@ def read_rows(rows: Any, split: str, config: Config, tokenizer: Any) -> list[Exa
     if not kept:
         raise UserError(f"dataset.name: {wanted.name} has no {split} rows")
     targets = [example.target for example in kept.values()]
-    chosen = list(rows.select(kept)) if rewards.trl_names(reward.fn) else [{}] * len(kept)
-    columns = rewards.trl_columns(chosen, targets, reward.fn, reward.module, reward.columns, extract)
+    columns = rewards.trl_columns(rows.select(kept), targets, reward.fn, reward.module, reward.columns, extract)
     return [replace(example, columns=named) for example, named in zip(kept.values(), columns, strict=True)]
 
 
@@ -708,8 +699,8 @@ def read_row(question: Any, target: Any, extract: Any, config: Config, tokenizer
 
 def first_prompt(question: str, config: Config, tokenizer: Any) -> list[int]:
     """The token ids of attempt 1's prompt. One over budget is refused, never cut. Raises UserError."""
-    text = chat_text(tokenizer, config, [{"role": "user", "content": question}])
-    prompt, most = tokenizer(text, add_special_tokens=False)["input_ids"], config.train.max_prompt_length_attempt1
+    most = config.train.max_prompt_length_attempt1
+    prompt = tokenizer(chat_text(tokenizer, config, question), add_special_tokens=False)["input_ids"]
     if len(prompt) > most:
         raise UserError(f"train.max_prompt_length_attempt1: {most}, and a prompt has {len(prompt)} tokens; raise it")
     return prompt

@@ -235,7 +235,7 @@ def render(make_config: Any, changes: dict[str, Any]) -> tuple[str, str, str]:
     config = make_config(changes)
     tokenizer = train.load_tokenizer(config)
     bridge, think = train.attempt2_bridge(tokenizer, config)
-    return train.chat_text(tokenizer, config, [{"role": "user", "content": "?"}]), tokenizer.decode(bridge), think
+    return train.chat_text(tokenizer, config, "?"), tokenizer.decode(bridge), think
 
 
 USER, OPEN = "<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>assistant\n"
