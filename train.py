@@ -623,7 +623,7 @@ def hold_out(rows: list[Example], count: int | None, name: str) -> tuple[list[Ex
     asked = set(map(plain, by_hash[:count]))
     kept, held_out = ([row for row in rows if (plain(row) in asked) is out] for out in (False, True))
     if not kept:
-        raise UserError(f"{name}: {count} of {len(rows)} rows leaves none to train on; give a lower number")
+        raise UserError(f"{name}: must leave some of the {len(rows)} rows to train on, and is {count}; lower it")
     return kept, held_out
 
 
