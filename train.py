@@ -340,13 +340,14 @@ def fault_line(fault: dict[str, Any]) -> str:
 
 
 def shrink_for_smoke(config: Config, examples: int) -> None:
-    """Two optimizer steps a stage with a checkpoint after each: few rows, short completions."""
+    """Two optimizer steps a stage with a checkpoint after each: few rows, few generations, short completions."""
     train = config.train
     config.run_name += "-smoke"
     batch = max(2, examples // 2 // min(2, train.oversample))
-    most = {"stage1_batch_size": batch, "stage2_batch_size": batch, "oversample": 2}
+    most = {"stage1_batch_size": batch, "stage2_batch_size": batch, "stage1_corrections": 2, "oversample": 2}
     for name, limit in (most | {"max_new_tokens_attempt1": 64, "max_new_tokens_attempt2": 64}).items():
         setattr(train, name, min(limit, getattr(train, name)))
+    train.num_generations = 2 * train.stage1_corrections if train.num_generations > 1 else 1
     train.stage1_steps, train.stage2_steps = (2 * train.has_stage(stage) for stage in (1, 2))
     train.checkpoint_every = 1
     config.eval.max_examples = min(examples, config.eval.max_examples or examples)
@@ -640,6 +641,8 @@ def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
             folder, file = (path.parent, {"train": path.name}) if path.is_file() else (path, None)
             found, loaded = datasets.load_dataset_builder(str(folder), data_files=file), {}
             for split, files in found.config.data_files.items():
+                if len(names := {re.sub(r"-\d+-of-\d+.*|\.\w+$", "", os.path.relpath(f, folder)) for f in files}) > 1:
+                    raise ValueError(f"{', '.join(sorted(names))} are all named as this split's; keep one")
                 loaded[str(split)] = datasets.load_dataset(found.name, data_files=files, split="train")
         else:
             loaded = datasets.load_dataset(wanted.name, wanted.config_name, revision=wanted.revision)

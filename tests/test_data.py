@@ -72,6 +72,9 @@ def test_load_splits_folder(load: Any, tmp_path: Path, name: str) -> None:
     assert (loaded.train, loaded.validation, loaded.test) == (PAIRS[: 8 if "-0-" in name else 4], [], PAIRS[8:])
     write_split(tmp_path / name.format("train"), ROWS[2:4])
     assert load(tmp_path).train[:2] == PAIRS[2:4], "not what an earlier start has read"
+    write_split(tmp_path / name.format("old/train"), ROWS)
+    with pytest.raises(train.UserError, match="dataset.name: .*train"):  # or rows of two ages would mix silently
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ""])
