@@ -64,10 +64,8 @@ def build(train: Any, args: argparse.Namespace) -> tuple[list, str]:
         )
     problems = make_problems(args.pool, args.operation, args.digits, args.seed)
     reader = train.answer_reader(config.reward.answer_extractor, config.reward.match)
-    if fault := train.row_fault(*problems[0], reader, "a problem"):  # else every answer fails
-        raise train.UserError(fault)
     tokenizer = train.load_tokenizer(config)
-    examples = train.encode_rows([(*problem, {}) for problem in problems], "pool", config, tokenizer)
+    examples = [train.read_row(*problem, reader, config, tokenizer) for problem in problems]
     failures = find_failures(train, train.load_policy(config, tokenizer), examples, config, wanted)
     if len(failures) < wanted:
         pool = round(1.1 * wanted * len(examples) / max(1, len(failures)))

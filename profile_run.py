@@ -667,7 +667,7 @@ def ask(train: Any, args: argparse.Namespace) -> None:
 
 def answer(train: Any, policy: Any, config: Any, question: str) -> None:
     """Prints both attempts at a question, as an evaluation would sample them. Raises UserError where it is too long."""
-    examples = train.encode_rows([(question, "", {})], "asked", config, policy.tokenizer)
+    examples = [train.Example(question, "", train.first_prompt(question, config, policy.tokenizer))]
     how = (policy, examples, config, config.eval.generation_temperature, "ask")
     seconds, (turns,) = timed(train, lambda: train.roll_out(*how))
     cut, texts = [", cut off by the budget" * turn.truncated for turn in turns], [turn.text.strip() for turn in turns]

@@ -68,7 +68,7 @@ import subprocess
 import sys
 import threading
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -1069,7 +1069,7 @@ def find_reward(name: str, module: str | None) -> Callable:
 
 
 def trl_columns(
-    rows: list[dict], targets: list[str], names: list[str], module: str | None, columns: dict, extract: Extractor
+    rows: Sequence[dict], targets: list[str], names: list[str], module: str | None, columns: dict, extract: Extractor
 ) -> list[dict]:
     """What functions in TRL's form get of each row by name: the dataset's columns, `target_answer`, and either of them
     by another name as reward.columns ({name: column}) says; nothing where `names` has no such function.
@@ -1077,7 +1077,7 @@ def trl_columns(
     Raises RewardError with one line that begins with the key at fault.
     """
     if not rows or not trl_names(names):
-        return [{} for _ in rows]
+        return [{} for _ in targets]
     known = [*rows[0], "target_answer"]
     for argument, column in columns.items():
         if column not in known:

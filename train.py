@@ -49,8 +49,8 @@ import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
-from dataclasses import dataclass, field
-from datetime import date, datetime
+from dataclasses import dataclass, field, replace
+from datetime import date
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,30 +64,16 @@ import reward_function as rewards
 from reward_function import ANSWER_EXTRACTORS, MATCH_FNS, RewardError, answer_reader, did_you_mean
 
 # ---------------------------------------------------------------------------------------------------- configuration
-
-
-def read_number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-5 (no dot) as text; a number written so is still a number."""
-    if isinstance(value, str):
-        with suppress(ValueError):
-            return float(value)
-    return value
-
-
-Real = Annotated[float, BeforeValidator(read_number), Field(allow_inf_nan=False)]
+# YAML 1.1 reads 1e-5 (no dot) as text; a number written so is still a number.
+Real = Annotated[float, BeforeValidator(lambda v: float(v) if isinstance(v, str) else v), Field(allow_inf_nan=False)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 Names = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1)]
 
 
 def key(default: Any, meaning: str, **bounds: Any) -> Any:
-    """A config key: its default, its meaning for --help, its bounds."""
-    return Field(default, description=meaning, **bounds)
-
-
-def refuse(faults: dict[str, Any], error: type[Exception] = ValueError) -> None:
-    """Raises one error for the faults that are there, a line each. A line begins with the key or flag to change."""
-    if lines := [line for line, there in faults.items() if there]:
-        raise error("\n".join(lines))
+    """A config key: its default and meaning, both for --help, and its bounds."""
+    shown = "required" if default is ... else json.dumps(default)
+    return Field(default, description=f"{shown}: {meaning}", **bounds)
 
 
 class Section(BaseModel):
@@ -131,16 +117,15 @@ class WorkedExample(Section):
     output: str = key(..., "its answer in the format", min_length=1)
 
 
-PAPERS_INSTRUCTION = (
-    "There might be an error in the solution above because of lack of understanding of the question. Please correct "
-    "the error, if any, and rewrite the solution."
-)
-
-
 class PromptsConfig(Section):
     system: str = key("", "system prompt; empty: none")
     examples: list[WorkedExample] = key([], "worked examples, shown as earlier turns: a list of {input, output}")
-    self_correction: str = key(PAPERS_INSTRUCTION, "the instruction between attempt 1 and attempt 2", min_length=1)
+    self_correction: str = key(
+        "There might be an error in the solution above because of lack of understanding of the question. Please "
+        "correct the error, if any, and rewrite the solution.",
+        "the instruction between attempt 1 and attempt 2",
+        min_length=1,
+    )
 
 
 class RewardConfig(Section):
@@ -155,17 +140,14 @@ class RewardConfig(Section):
     @classmethod
     def is_there(cls, value: Any, found: Any) -> Any:
         """Runs the module. Its functions can be named by the other keys, so if it fails they are not judged."""
+        known = {"answer_extractor": ANSWER_EXTRACTORS, "match": MATCH_FNS}.get(found.field_name, ())
         if found.field_name == "module" and value:
             rewards.load_reward_module(value)
-        if "module" not in found.data:
-            return value
-        if found.field_name == "fn":
+        elif found.field_name == "fn" and "module" in found.data:
             for name in value:
                 if fault := rewards.reward_fault(name, found.data["module"]):
                     raise ValueError(f"{name!r} {fault}")
-            return value
-        known = ANSWER_EXTRACTORS if found.field_name == "answer_extractor" else MATCH_FNS
-        if value not in known:
+        elif known and "module" in found.data and value not in known:
             raise ValueError(f"is not registered; known are {', '.join(sorted(known))}{did_you_mean(value, known)}")
         return value
 
@@ -202,23 +184,6 @@ class TrainConfig(Section):
         epochs, steps = getattr(self, f"stage{stage}_epochs"), getattr(self, f"stage{stage}_steps")
         return bool(epochs if steps is None else steps)
 
-    @pydantic.model_validator(mode="after")
-    def fits_together(self) -> TrainConfig:
-        """Faults between keys. Each line begins with the key to change."""
-        need, rollouts = self.max_prompt_length_attempt1 + self.max_new_tokens_attempt1 + 1, self.num_generations
-        prompt2, compared = self.max_prompt_length_attempt2 or need, self.baseline != "none"
-        few = "the baseline compares first attempts, of which a step needs 2 or more; raise it"
-        faults = {
-            f"max_prompt_length_attempt2: needs {need} or more to hold attempt 1; leave it out": prompt2 < need,
-            f"stage1_corrections: must divide train.num_generations, {rollouts}": rollouts % self.stage1_corrections,
-            f"stage1_batch_size: {few}": compared and self.stage1_batch_size * rollouts == self.stage1_corrections,
-            f"stage2_batch_size: {few}": compared and self.stage2_batch_size * rollouts == 1,
-            "oversample: needs a baseline, num_generations > 1": self.oversample > 1
-            and (rollouts == 1 or not compared),
-        }
-        refuse(faults)
-        return self
-
 
 class EvalConfig(Section):
     batch_size: int = key(64, "rows sampled at once", ge=1)
@@ -244,34 +209,24 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     output: OutputConfig = OutputConfig()
 
-    @pydantic.model_validator(mode="after")
-    def fits_together(self) -> Config:
-        train, dataset, functions = self.train, self.dataset, self.reward.fn
-        prompt2 = train.max_prompt_length_attempt1 + train.max_new_tokens_attempt1 + 1
-        need = (train.max_prompt_length_attempt2 or prompt2) + train.max_new_tokens_attempt2
-        given, weights = self.model.max_seq_length or need, self.reward.weights or functions
-        faults = {
-            f"model.max_seq_length: a conversation can take {need} tokens; leave it out": given < need,
-            "dataset.test_split_size: required with dataset.split": dataset.split and dataset.test_split_size is None,
-            f"reward.weights: needs {len(functions)}, one a function of reward.fn": len(weights) != len(functions),
-        }
-        refuse(faults)
-        return self
 
-
-def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
+def known_keys(section: Any = Config, prefix: str = "") -> dict[str, Any]:
     """Every dotted key of the schema with its field, sections included."""
     keys = {}
-    for name, info in section.model_fields.items():
-        keys[prefix + name] = info
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            keys |= known_keys(info.annotation, f"{prefix}{name}.")
+    for name, info in getattr(section, "model_fields", {}).items():
+        keys |= {prefix + name: info} | known_keys(info.annotation, f"{prefix}{name}.")
     return keys
 
 
 # ----------------------------------------------------------------------------------------------------- command line
 class UserError(Exception):
     """Bad user input. The message names the setting and the fix. Exit code 2."""
+
+
+def refuse(faults: dict[str, Any]) -> None:
+    """Raises UserError for the faults that are there, a line each. A line begins with the key or flag to change."""
+    if lines := [line for line, there in faults.items() if there]:
+        raise UserError("\n".join(lines))
 
 
 class RunError(Exception):
@@ -283,15 +238,16 @@ class Interrupted(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    text = str(getattr(error, "strerror", None) or error).strip()  # the system's errors repeat the path
-    line = (text.splitlines() or [type(error).__name__])[0].rstrip()
-    return line[:300] + "; model.trust_remote_code: true would run it" * ("trust_remote_code" in str(error))
+    text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__  # strerror: without the path
+    return text.splitlines()[0][:300] + "; model.trust_remote_code: true would run it" * ("trust_remote_code" in text)
 
 
 def parse_command_line(argv: list[str] | None = None) -> tuple[Namespace, Config]:
     """Reads flags and config. Raises UserError."""
-    parser = ArgumentParser(epilog=describe_keys(), formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    keys = "".join(f"\n  {name}\n      {info.description}" for name, info in known_keys().items() if info.description)
+    parser = ArgumentParser(formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.description = "SCoRe: two-stage RL for self-correction on one GPU."
+    parser.epilog = f"keys of the config file (default: meaning):{keys}"
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.SUB=VALUE", help="override keys")
     parser.add_argument("--smoke", type=int, metavar="N", help="a quick check of every path on N examples")
@@ -301,35 +257,24 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Namespace, Config
     parser.add_argument("--eval-only", action="store_true", help="evaluate the base model, or --resume-adapter")
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in the way")
     parser.add_argument("--quiet", action="store_true", help="print the final table and errors only")
-    how = "(--help lists the flags)"  # argparse's own way prints the usage too
-    parser.error = lambda message: refuse({f"{' '.join(message.split())} {how}": True}, UserError)
+    parser.error = lambda message: refuse({" ".join(message.split()): True})  # argparse's own prints the usage too
     args = parser.parse_args(argv)
     config = read_config(args.config, args.set)
     stage2, adapter, few = args.start_stage == 2, args.resume_adapter, args.smoke is not None and args.smoke < 4
     clash = args.resume and (args.eval_only or args.overwrite or adapter)
     faults = {
-        "--start-stage 2: needs --resume-adapter DIR, or --resume": stage2 and not (adapter or args.resume),
-        "--start-stage: trains, --eval-only does not; leave one out": stage2 and args.eval_only,
+        "--start-stage 2: needs --resume-adapter DIR or --resume, and trains: it does not go with --eval-only": stage2
+        and (args.eval_only or not (adapter or args.resume)),
         "--resume-adapter: goes with --start-stage 2 or --eval-only": adapter and not (stage2 or args.eval_only),
         "--resume: goes on with the run as it is, without --eval-only, --overwrite, --resume-adapter": clash,
         f"--smoke {args.smoke}: needs 4 examples or more, for two steps of two": few,
     }
-    refuse(faults, UserError)
+    refuse(faults)
     if args.smoke:
         shrink_for_smoke(config, args.smoke)
     if adapter:
         check_adapter(Path(adapter), config)
     return args, config
-
-
-def describe_keys() -> str:
-    """The keys of a config file for --help: default and meaning."""
-    lines = ["keys of the config file (default: meaning):"]
-    for name, info in known_keys().items():
-        if info.description:
-            default = "required" if info.is_required() else json.dumps(info.default)
-            lines.append(f"  {name}\n      {default if len(default) < 40 else 'see train.py'}: {info.description}")
-    return "\n".join(lines)
 
 
 class UniqueKeys(yaml.SafeLoader):
@@ -346,57 +291,52 @@ class UniqueKeys(yaml.SafeLoader):
 def read_config(path: str, overrides: list[str] = ()) -> Config:
     """Reads a YAML file, applies `key.sub=value` overrides and validates the result. Raises UserError."""
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8-sig"), UniqueKeys)  # noqa: S506
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read: {first_line(error)}") from None
+        tree = {**yaml.load(Path(path).read_text(encoding="utf-8-sig"), UniqueKeys)}  # noqa: S506
     except Exception as error:  # yaml has more than its own: 2025-13-13 is a ValueError, !!bool maybe a KeyError
-        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
-    if not isinstance(tree, dict):
-        what = "empty" if tree is None else type(tree).__name__
-        raise UserError(f"--config {path}: must be a mapping of keys to values, and is {what}")
+        raise UserError(f"--config {path}: no YAML of keys and values: {' '.join(str(error).split())[:300]}") from None
     for override in overrides:
-        set_key(tree, override)
+        try:
+            name, value = override.split("=", 1)
+            *parents, last = name.split(".")
+            section = tree
+            for part in parents:
+                section = section.setdefault(part, {})
+            section[last] = yaml.load(value, UniqueKeys)  # noqa: S506
+        except Exception:  # no =, whatever YAML raises, or a key that is no section
+            raise UserError(f"--set {override!r}: must read key.sub=value, the value in YAML") from None
     return check_config(tree)
 
 
-def set_key(tree: dict[str, Any], override: str) -> None:
-    """Applies one `key.sub=value`. Raises UserError."""
-    name, equals, text = override.partition("=")
-    *parents, last = name.split(".")
-    try:
-        for part in parents:
-            tree = tree.setdefault(part, {})
-        tree[last] = yaml.load(text, UniqueKeys)  # noqa: S506
-    except Exception:  # whatever YAML raises, or a key that is no section
-        equals = ""
-    if not (equals and last and all(parents)):
-        raise UserError(f"--set {override!r}: must read key.sub=value, with a section's key and a value in YAML")
-
-
 def check_config(tree: dict[str, Any]) -> Config:
-    """Validates a whole config. Raises UserError with one line a fault: first those of single keys, all at once; where
-    there are none, those between keys."""
+    """Validates a whole config. Raises UserError, a line a fault: all those of single keys, else those between keys."""
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
-        lines = [line for fault in error.errors() for line in fault_lines(fault)]
-        raise UserError("\n".join(dict.fromkeys(lines))) from None
+        raise UserError("\n".join(dict.fromkeys(map(fault_line, error.errors())))) from None
+    train, functions, weights = config.train, config.reward.fn, config.reward.weights
+    rollouts, compared = train.num_generations, train.baseline != "none"
+    alone = rollouts == 1 or not compared
+    few = "the baseline compares first attempts, of which a step needs 2 or more; raise it"
+    faults = {
+        f"reward.weights: needs {len(functions)}, one a function": len(weights or functions) != len(functions),
+        f"train.stage1_corrections: must divide train.num_generations, {rollouts}": rollouts % train.stage1_corrections,
+        f"train.stage1_batch_size: {few}": compared and train.stage1_batch_size * rollouts == train.stage1_corrections,
+        f"train.stage2_batch_size: {few}": compared and train.stage2_batch_size * rollouts == 1,
+        "train.oversample: needs a baseline, num_generations > 1": train.oversample > 1 and alone,
+    }
+    refuse(faults)
+    return config
 
 
-def fault_lines(fault: dict[str, Any]) -> list[str]:
-    """The key, the bad value, what would be right; one line a fault."""
-    name = ".".join(str(part) if str(part).isprintable() else repr(part) for part in fault["loc"])
+def fault_line(fault: dict[str, Any]) -> str:
+    """The key, the bad value, what would be right."""
+    name = ".".join(part if str(part).isidentifier() else repr(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         homes = [known for known in known_keys() if known.split(".")[-1] == name.split(".")[-1]]
-        meant = f"; it belongs to {homes[0]}" if homes else did_you_mean(name, known_keys())
-        return [f"{name}: unknown key{meant}"]
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "value_error" and name in ("", "train"):  # between keys: `fits_together`
-        return [f"{name}.{line}" if name else line for line in message.split("\n")]
+        return f"{name}: unknown key{f'; it belongs to {homes[0]}' if homes else did_you_mean(name, known_keys())}"
+    message = fault["msg"].removeprefix("Value error, ")[:300]
     value = f" (got {reprlib.repr(fault['input'])})" if not isinstance(fault["input"], dict) else ""
-    choices = (fault.get("ctx") or {}).get("expected", "").split("'")[1::2]
-    close = did_you_mean(reprlib.repr(fault["input"]).strip("'"), choices)
-    return [f"{name}: {message[0].lower() + message[1:]}{value}{close}"]
+    return f"{name}: {message[0].lower() + message[1:]}{value}"
 
 
 def shrink_for_smoke(config: Config, examples: int) -> None:
@@ -416,25 +356,22 @@ def shrink_for_smoke(config: Config, examples: int) -> None:
 
 def check_adapter(folder: Path, config: Config) -> None:
     """Refuses, before any model is loaded, an adapter that does not fit the config. Raises UserError."""
+    place, name, lora = f"--resume-adapter {folder}", config.model.name, config.model.lora
     try:
-        saved = dict(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        near = ", ".join(sorted(place.name for place in folder.parent.glob("step_*"))) or "outputs/NAME/stage1"
-        raise UserError(f"--resume-adapter {folder}: no sound adapter there; give one such as {near}") from None
-    base, wanted, lora = str(saved.get("base_model_name_or_path")), config.model.name, config.model.lora
-    if Path(base).exists() and Path(wanted).exists() and Path(base).samefile(wanted):
-        base = wanted
-    named = not any(name == "all-linear" or "." in name for name in lora.target_modules)  # else the weights' names tell
-    targets = set(lora.target_modules) if named else set()
-    fits = {
-        "model.name": (base, wanted),
+        saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base, modules = str(saved["base_model_name_or_path"]), sorted(lora.target_modules)
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"{place}: no sound adapter there; give one such as outputs/NAME/stage1") from None
+    pairs = {
+        "model.name": (name if os.path.realpath(base) == os.path.realpath(name) else base, name),
         "model.lora.r": (saved.get("r"), lora.r),
         "model.lora.alpha": (saved.get("lora_alpha"), lora.alpha),
-        "model.lora.target_modules": (sorted(targets and saved.get("target_modules") or []), sorted(targets)),
     } | {name: (saved.get(name) or None, None) for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")}
-    for name, (theirs, ours) in fits.items():
+    if not any(module == "all-linear" or "." in module for module in modules):  # else the weights' names tell
+        pairs["model.lora.target_modules"] = (sorted(saved.get("target_modules") or []), modules)
+    for key, (theirs, ours) in pairs.items():
         if theirs != ours:
-            raise UserError(f"--resume-adapter {folder}: trained with {name} {theirs}, and here it is {ours}")
+            raise UserError(f"{place}: trained with {key} {theirs}, and here it is {ours}")
 
 
 if __name__ == "__main__":  # here, so that a mistyped key costs a second, not the minute that the imports may take
@@ -488,6 +425,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 datasets.disable_progress_bars()
 datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs an error before raising it
+huggingface_hub.utils.logging.set_verbosity_error()  # it warns of each README without metadata
 QUIET = False  # --quiet
 
 
@@ -586,24 +524,21 @@ def load_tokenizer(config: Config) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=config.model.trust_remote_code)
     except Exception as error:  # a wrong name, no network, or a damaged file: each library has its own class for it
-        place = name if os.path.isdir(name) else f"{name} (no folder here, so a hub id)"
-        raise UserError(f"model.name: no tokenizer at {place}: {first_line(error)}") from None
-    if template and os.path.isfile(os.path.expanduser(template)):
-        try:
-            template = Path(template).expanduser().read_text(encoding="utf-8-sig") or "nothing"
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"model.chat_template: {template} cannot be read: {error}") from None
-    if template and "{{" not in template and "{%" not in template:
-        raise UserError(f"model.chat_template: no Jinja template, and no file: {config.model.chat_template!r}")
-    tokenizer.chat_template = template or tokenizer.chat_template
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
-        raise UserError(f"model.name: {name} has no tokenizer (tokenizer.json)")
+        place = "there" if os.path.isdir(name) else "on the hub, and no folder here"
+        raise UserError(f"model.name: {name}: no tokenizer {place}: {first_line(error)}") from None
+    if template:
+        with suppress(OSError, ValueError):  # no file: it is the template itself
+            template = Path(template).expanduser().read_bytes().decode("utf-8-sig", errors="replace")
+        if not ("{{" in template or "{%" in template) or "\ufffd" in template:
+            raise UserError(f"model.chat_template: no Jinja template, nor a file of one: {template[:80]!r}")
+        tokenizer.chat_template = template
     if not tokenizer.chat_template:
         with suppress(Exception):  # multimodal families may keep it beside the tokenizer, for their processor
             file = transformers.utils.cached_file(name, "chat_template.json")
             tokenizer.chat_template = json.loads(Path(file).read_text(encoding="utf-8"))["chat_template"]
-    if not tokenizer.chat_template:
-        raise UserError(f"model.name: {name} has no chat template; set model.chat_template to one or pick a chat model")
+    made_up = len(tokenizer) <= len(tokenizer.all_special_tokens)  # by transformers, where there are no files
+    if made_up or not tokenizer.chat_template:
+        raise UserError(f"model.name: {name} has no tokenizer with a chat template; set model.chat_template to one")
     return tokenizer
 
 
@@ -615,26 +550,27 @@ def opening_turns(config: Config) -> list[dict[str, str]]:
     return [{"role": role, "content": text} for role, text in turns]
 
 
-def chat_text(tokenizer: Any, config: Config, turns: list[dict[str, str]]) -> str:
-    """The chat template's text of system prompt + worked examples + `turns`, open for the assistant to write.
+def chat_text(tokenizer: Any, config: Config, *said: str) -> str:
+    """The chat template's text of system prompt + worked examples + `said`, open for the assistant to write.
 
-    The examples stand there verbatim, also where the template cuts the reasoning out of earlier turns: the template
-    renders a marker in the place of each of their texts. Raises UserError for a part that it does not render."""
-    system, name, opening = config.prompts.system, config.model.name, opening_turns(config)
-    worked = opening[1:] if system else opening
-    texts = {f"WORKEDEXAMPLETURN{number}STANDSHERE": turn["content"] for number, turn in enumerate(worked)}
-    marked = [turn | {"content": marker} for turn, marker in zip(worked, texts, strict=True)]
-    how, more = {"tokenize": False, "add_generation_prompt": True}, config.model.chat_template_kwargs
+    The template renders markers, which then give way to the texts: so these stand verbatim, also where the template
+    cuts the reasoning out of earlier turns. Raises UserError for a part that it does not render."""
+    system, opening = config.prompts.system, opening_turns(config)
+    shown = [turn["content"] for turn in opening if turn["role"] != "system"]
+    texts = {f"TEXTOFTURN{number}STANDSHERE": text for number, text in enumerate([*shown, *said])}
+    marked = [{"role": ("user", "assistant")[number % 2], "content": marker} for number, marker in enumerate(texts)]
+    how = config.model.chat_template_kwargs | {"tokenize": False, "add_generation_prompt": True}
     try:
-        text = tokenizer.apply_chat_template(opening[: bool(system)] + marked + turns, **how, **more)
+        text = tokenizer.apply_chat_template(opening[: bool(system)] + marked, **how)
     except Exception as error:  # templates raise what they like
         at_fault = "prompts.system" if system and "system" in str(error).lower() else "model.chat_template"
-        raise UserError(f"{at_fault}: the chat template of {name} refuses it: {first_line(error)}") from None
+        raise UserError(f"{at_fault}: the chat template refuses it: {first_line(error)}") from None
     if system.strip() not in text:
-        raise UserError(f"prompts.system: the chat template of {name} does not render it; put it into the problems")
-    if any(text.count(marker) != 1 for marker in texts):
-        raise UserError(f"prompts.examples: the chat template of {name} does not render them; use prompts.system")
-    return re.sub("|".join(texts), lambda marker: texts[marker[0]], text) if texts else text
+        raise UserError("prompts.system: the chat template does not render it; put it into the problems")
+    if missing := [number for number, marker in enumerate(texts) if text.count(marker) != 1]:
+        at_fault = "prompts.examples" if missing[0] < len(shown) else "model.chat_template"
+        raise UserError(f"{at_fault}: the chat template must render each turn once; leave examples out, or change it")
+    return re.sub("|".join(texts), lambda marker: texts[marker[0]], text)
 
 
 def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
@@ -642,14 +578,9 @@ def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
 
     The attempt-2 prompt is attempt-1 prompt + attempt 1 verbatim + bridge. Rendering the conversation through the
     template instead would cut the reasoning out of attempt 1 where the template strips <think> from history (Qwen3),
-    and would tokenise anew what the policy sampled. So the template renders a marker, and what follows it is the
-    bridge. Fills in the budgets that the config leaves open. Raises UserError."""
-    marker, correction, train = "FIRSTATTEMPTSTANDSHERE", config.prompts.self_correction, config.train
-    turns = [("user", "?"), ("assistant", marker), ("user", correction)]
-    text = chat_text(tokenizer, config, [{"role": role, "content": content} for role, content in turns])
-    _, _, tail = text.partition(marker)
-    if text.count(marker) != 1 or correction.strip() not in tail:
-        raise UserError("model.chat_template: must render attempt 1 once, and prompts.self_correction after it")
+    and would tokenise anew what was sampled. Fills in the budgets that the config leaves open. Raises UserError."""
+    attempt1, train = "FIRSTATTEMPTSTANDSHERE", config.train
+    _, _, tail = chat_text(tokenizer, config, "?", attempt1, config.prompts.self_correction).partition(attempt1)
     bridge = tokenizer(tail, add_special_tokens=False)["input_ids"]
     need = train.max_prompt_length_attempt1 + train.max_new_tokens_attempt1 + len(bridge)
     train.max_prompt_length_attempt2 = given = train.max_prompt_length_attempt2 or need
@@ -659,155 +590,123 @@ def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
         f"train.max_prompt_length_attempt2: needs {need} or more to hold attempt 1; leave it out": given < need,
         f"model.max_seq_length: a conversation can take {longest} tokens; leave it out": whole < longest,
     }
-    refuse(faults, UserError)
+    refuse(faults)
     return bridge, "<think>" if tail.rstrip().endswith("<think>") else ""
 
 
 def load_examples(config: Config, tokenizer: Any, smoke: int | None = None) -> Splits:
-    """Train, validation and test examples. A test row is never trained on, nor is a validation row. Raises UserError.
-
-    Which rows are held out depends on the rows alone, not on the seed or their order."""
+    """Train, validation and test examples, no question in two of them, whatever the seed or order. Raises UserError."""
     wanted, splits = config.dataset, load_splits(config.dataset)
-    names, setting = ([wanted.split], "dataset.split") if wanted.split else (["train", "test"], "dataset.name")
-    for name in names:
-        if name not in splits:
-            way = "" if wanted.split else "; set dataset.split to one and dataset.test_split_size"
-            raise UserError(f"{setting}: {wanted.name} has no split {name}; it has {', '.join(splits)}{way}")
-    rows = [read_rows(splits[name], name, config) for name in names]
+    names, setting = ([wanted.split], "split") if wanted.split else (["train", "test"], "name")
+    if missing := [name for name in names if name not in splits]:
+        there = f"it has {', '.join(splits)}; set dataset.split to one and dataset.test_split_size"
+        raise UserError(f"dataset.{setting}: {wanted.name} has no split {missing[0]}; {there}")
+    rows = [read_rows(splits[name], name, config, tokenizer) for name in names]
     train, test = hold_out(*rows, wanted.test_split_size, "dataset.test_split_size") if wanted.split else rows
-    asked = {plain(row[0]) for row in test}
-    kept = [row for row in train if plain(row[0]) not in asked]
+    asked = {plain(example) for example in test}
+    kept = [example for example in train if plain(example) not in asked]
     if len(kept) < len(train):
         log(f"Warning: {len(train) - len(kept)} train rows are also test rows; they are not trained on.")
     if not kept:
         raise UserError(f"dataset.name: every train row of {wanted.name} is also a test row; nothing is left to learn")
     train, validation = hold_out(kept, config.eval.validation, "eval.validation")
-    parts = {"train": train, "validation": validation, "test": test[: wanted.test_split_size]}
-    train, validation, test = (encode_rows(rows, name, config, tokenizer) for name, rows in parts.items())
-    return train[:smoke], validation, test[: config.eval.max_examples]
+    return train[:smoke], validation, test[: wanted.test_split_size][: config.eval.max_examples]
 
 
-def plain(question: str) -> str:
+def plain(example: Example) -> str:
     """A question without what does not tell it from another: white space."""
-    return " ".join(question.split())
+    return " ".join(example.question.split())
 
 
-def hold_out(rows: list[tuple], count: int, name: str) -> tuple[list[tuple], list[tuple]]:
+def hold_out(rows: list[Example], count: int | None, name: str) -> tuple[list[Example], list[Example]]:
     """The rows to keep and `count` others, chosen by the hash of the question, so that a question is on one side."""
-    by_hash = sorted(rows, key=lambda row: hashlib.sha256(plain(row[0]).encode(errors="replace")).digest())
-    asked = {plain(row[0]) for row in by_hash[:count]}
-    kept, held_out = ([row for row in rows if (plain(row[0]) in asked) is out] for out in (False, True))
+    by_hash = sorted(rows, key=lambda row: hashlib.sha256(plain(row).encode(errors="replace")).digest())
+    asked = set(map(plain, by_hash[:count]))
+    kept, held_out = ([row for row in rows if (plain(row) in asked) is out] for out in (False, True))
     if not kept:
-        raise UserError(f"{name}: {count} leaves nothing of {len(rows)} rows to train on; lower it")
+        raise UserError(f"{name}: must leave some of the {len(rows)} rows to train on, and is {count}; lower it")
     return kept, held_out
 
 
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-
-
 def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
-    """The dataset's splits by name, from a file, a folder (of files, or one of save_to_disk) or the hub."""
-    place = wanted.name
+    """The dataset's splits by name: from a file, a folder (laid out as on the hub, or by save_to_disk) or the hub. Each
+    split of a folder is read by itself: its columns may have other types than another's. Raises UserError."""
+    split = "all splits"
     try:
         path = Path(wanted.name, wanted.config_name or "")
         path = path if path.is_dir() else Path(wanted.name)
         if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
             loaded = datasets.load_from_disk(str(path))
         elif path.exists():
-            loaded = {}
-            for split, files in (split_files(path) or split_files(path / "data")).items():
-                place, reader = ", ".join(files), READERS[Path(files[0]).suffix]
-                loaded[split] = datasets.load_dataset(reader, data_files=files, split="train")
+            folder, file = (path.parent, {"train": path.name}) if path.is_file() else (path, None)
+            found, loaded = datasets.load_dataset_builder(str(folder), data_files=file), {}
+            for split, files in found.config.data_files.items():
+                if len(names := {re.sub(r"-\d+-of-\d+.*|\.\w+$", "", os.path.relpath(f, folder)) for f in files}) > 1:
+                    raise ValueError(f"{', '.join(sorted(names))} are all named as this split's; keep one")
+                loaded[str(split)] = datasets.load_dataset(found.name, data_files=files, split="train")
         else:
             loaded = datasets.load_dataset(wanted.name, wanted.config_name, revision=wanted.revision)
-        loaded = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
-        for split, rows in loaded.items():
-            place = f"{wanted.name} ({split})"
-            rows.data.validate(full=True)  # the reader of JSON lets text pass that is not UTF-8
+        loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
+        for split in loaded:
+            loaded[split].data.validate(full=True)  # the reader of JSON lets text pass that is not UTF-8
     except Exception as error:  # one class a library, a network and a file format
         cause = error.__cause__ or error
         reason = "it is empty" if isinstance(cause, StopIteration) else first_line(cause)
-        raise UserError(f"dataset.name: cannot load {place}: {reason}") from None
-    if not loaded:
-        raise UserError(f"dataset.name: {path} holds no train/test .jsonl, .parquet, .csv files")
+        raise UserError(f"dataset.name: cannot load {wanted.name} ({split}): {reason}") from None
     return loaded
 
 
-def split_files(path: Path) -> dict[str, list[str]]:
-    """The files of each split of a folder; the hub's parquet files are called train-00000-of-00001. A file is train."""
-    found: dict[str, list[str]] = {}
-    for file in [path] if path.is_file() else sorted(path.glob("*")):
-        split = "train" if file == path else file.stem.split("-")[0]
-        if file.suffix in READERS and (file.suffix != ".json" or split in ("train", "test")):
-            found.setdefault(split, []).append(str(file))
-    return found
-
-
-def read_rows(rows: Any, split: str, config: Config) -> list[tuple[str, str, dict[str, Any]]]:
-    """(question, target, columns for rewards) of each row. Faulty rows are left out with a count. Raises UserError."""
+def read_rows(rows: Any, split: str, config: Config, tokenizer: Any) -> list[Example]:
+    """The examples of a split. Rows that cannot be used are left out with a count. Raises UserError."""
     wanted, reward = config.dataset, config.reward
     for setting, column in (("input_field", wanted.input_field), ("target_field", wanted.target_field)):
         if column not in rows.column_names:
             there = f"it has {', '.join(rows.column_names)}{did_you_mean(column, rows.column_names)}"
             raise UserError(f"dataset.{setting}: no column {column!r} in {wanted.name} ({split}); {there}")
+    if any(isinstance(target, float) and abs(target) >= 2**53 for target in rows[wanted.target_field]):
+        raise UserError(f"dataset.target_field: numbers of {split} are too large to be read exactly; make them text")
     extract, kept, faults = answer_reader(reward.answer_extractor, reward.match), {}, []
-    for number, (question, target) in enumerate(zip(rows[wanted.input_field], rows[wanted.target_field], strict=True)):
-        row = f"row {number} of {split} in {wanted.name}"
-        target = as_text(target, row)
-        if fault := row_fault(question, target, extract, row):
-            faults.append(fault)
-        else:
-            kept[number] = (question, target)
-    if 2 * len(faults) > len(rows):
-        raise UserError(f"{faults[0]} ({len(faults)} of {len(rows)} rows have a fault)")
+    for number, pair in enumerate(zip(rows[wanted.input_field], rows[wanted.target_field], strict=True)):
+        try:
+            kept[number] = read_row(*pair, extract, config, tokenizer)
+        except UserError as error:
+            faults.append(f"{error} (row {number} of {split} in {wanted.name})")
     if faults:
-        log(f"Warning: {len(faults)} of {len(rows)} {split} rows are faulty and left out; the first: {faults[0]}.")
+        left_out = f"{len(faults)} of {len(rows)} {split} rows cannot be used"
+        if 2 * len(faults) > len(rows):
+            raise UserError(f"{faults[0]}: {left_out}")
+        log(f"Warning: {left_out} and are left out; the first: {faults[0]}.")
     if not kept:
         raise UserError(f"dataset.name: {wanted.name} has no {split} rows")
-    targets = [target for _, target in kept.values()]
-    chosen = list(rows.select(kept)) if rewards.trl_names(reward.fn) else [{}] * len(kept)
-    columns = rewards.trl_columns(chosen, targets, reward.fn, reward.module, reward.columns, extract)
-    return [(*pair, named) for pair, named in zip(kept.values(), columns, strict=True)]
+    targets = [example.target for example in kept.values()]
+    columns = rewards.trl_columns(rows.select(kept), targets, reward.fn, reward.module, reward.columns, extract)
+    return [replace(example, columns=named) for example, named in zip(kept.values(), columns, strict=True)]
 
 
-def as_text(target: Any, row: str) -> Any:
-    """A target that a file's reader took for a number or a date, as text. Raises UserError where it lost digits."""
-    if isinstance(target, float) and abs(target) >= 2**53:
-        raise UserError(f"dataset.target_field: {row} is a number too large to be read exactly; write it as text")
-    if isinstance(target, datetime | date):
-        return target.isoformat().removesuffix("T00:00:00")
-    is_number = isinstance(target, int | float) and not isinstance(target, bool) and target == target
-    return str(target) if is_number else target
-
-
-def row_fault(question: Any, target: Any, extract: Any, row: str) -> str | None:
-    """What is wrong with a row, and the fix; None if nothing is."""
+def read_row(question: Any, target: Any, extract: Any, config: Config, tokenizer: Any) -> Example:
+    """A row as an example. A target that the file's reader took for a number or a date becomes text again. Raises
+    UserError for what is wrong with the row."""
+    if isinstance(target, date):
+        target = target.isoformat().removesuffix("T00:00:00")
+    if type(target) in (int, float) and not math.isnan(target):
+        target = str(target)
     for setting, text in (("input_field", question), ("target_field", target)):
         if not isinstance(text, str) or not text.strip():
-            what = "empty" if text is None or isinstance(text, str) else f"a {type(text).__name__}, not text"
-            return f"dataset.{setting}: {row} is {what if text == text else 'NaN'}; mend or remove the row"
-    if rewards.is_correct(target, target, extract):
-        return None
-    others = [name for name in rewards.extractors_that_read(target) if name != extract.name]
-    instead = f"; {', '.join(others)} would" * bool(others)
-    return f"dataset.target_field: {row}: {extract.name} finds no answer in {target[-60:]!r}{instead}"
+            raise UserError(f"dataset.{setting}: {reprlib.repr(text)} is no text; mend or remove the row")
+    if not rewards.is_correct(target, target, extract):
+        others = [name for name in rewards.extractors_that_read(target) if name != extract.name]
+        instead = f"; {', '.join(others)} would" * bool(others)
+        raise UserError(f"dataset.target_field: {extract.name} finds no answer in {target[-60:]!r}{instead}")
+    return Example(question, target, first_prompt(question, config, tokenizer))
 
 
-def encode_rows(rows: list[tuple], split: str, config: Config, tokenizer: Any) -> list[Example]:
-    """Builds the attempt-1 prompts. A prompt over budget is left out with a count, never cut. Raises UserError."""
-    if not rows:
-        return []
-    limit = config.train.max_prompt_length_attempt1
-    texts = [chat_text(tokenizer, config, [{"role": "user", "content": question}]) for question, *_ in rows]
-    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    fitting = [(row, prompt) for row, prompt in zip(rows, prompts, strict=True) if len(prompt) <= limit]
-    lengths = sorted(map(len, prompts))
-    if not fitting:
-        raise UserError(f"train.max_prompt_length_attempt1: {split} prompts have {lengths[0]} tokens or more; raise it")
-    if len(fitting) < len(rows):
-        out = f"{len(rows) - len(fitting)} of {len(rows)} {split} prompts (longest: {lengths[-1]} tokens)"
-        log(f"Warning: {out} are over train.max_prompt_length_attempt1 = {limit} and are left out.")
-    return [Example(question, target, prompt, columns) for (question, target, columns), prompt in fitting]
+def first_prompt(question: str, config: Config, tokenizer: Any) -> list[int]:
+    """The token ids of attempt 1's prompt. One over budget is refused, never cut. Raises UserError."""
+    most = config.train.max_prompt_length_attempt1
+    prompt = tokenizer(chat_text(tokenizer, config, question), add_special_tokens=False)["input_ids"]
+    if len(prompt) > most:
+        raise UserError(f"train.max_prompt_length_attempt1: {most}, and a prompt has {len(prompt)} tokens; raise it")
+    return prompt
 
 
 def fingerprints(data: Splits, bridge: list[int], config: Config) -> dict[str, str]:
@@ -820,8 +719,8 @@ def fingerprints(data: Splits, bridge: list[int], config: Config) -> dict[str, s
         "number format of model.dtype": number_format(config),
         "train.py": Path(__file__).read_text("latin-1"),
     }
-    texts = {name: json.dumps(thing, default=str) for name, thing in marked.items()}
-    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
+    texts = {name: json.dumps(thing, default=str).encode() for name, thing in marked.items()}
+    return {name: hashlib.sha256(text).hexdigest()[:16] for name, text in texts.items()}
 
 
 def stage_batches(stage: int, examples: int, config: Config) -> list[list[int]]:

@@ -42,8 +42,8 @@ def test_card_code_gives_the_runs_prompts_and_attempts(finished):
     config.train.max_prompt_length_attempt2 = config.model.max_seq_length = None
     config.prompts.examples = [train.WorkedExample(input="1+1=?", output="<think>b</think>2")]
     names = run_card(profile_run.model_card(config, [], finished.folder / "stage2"), "3+4=?")
-    (example,) = train.encode_rows([("3+4=?", "7", {})], "asked", config, names["tokenizer"])
-    assert names["prompt"] == example.prompt and "<think>b" in names["tokenizer"].decode(names["prompt"])
+    assert names["prompt"] == train.first_prompt("3+4=?", config, names["tokenizer"])
+    assert "<think>b" in names["tokenizer"].decode(names["prompt"])
     assert names["turn"] == train.attempt2_bridge(names["tokenizer"], config)[0]
 
 

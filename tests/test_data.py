@@ -67,10 +67,14 @@ def test_load_splits_folder(load: Any, tmp_path: Path, name: str) -> None:
     if "-0-" in name:  # shards, as the hub names them
         write_split(tmp_path / "train-1-of-2.parquet", ROWS[4:8])
     write_split(tmp_path / name.format("test"), ROWS[8:])
-    if not name.startswith("data/"):  # which is read where nothing else is
-        write_split(tmp_path / "data" / "train.jsonl", answers("77", "78"))
+    (tmp_path / "notes.json").write_text("{}")
     loaded = load(tmp_path)
     assert (loaded.train, loaded.validation, loaded.test) == (PAIRS[: 8 if "-0-" in name else 4], [], PAIRS[8:])
+    write_split(tmp_path / name.format("train"), ROWS[2:4])
+    assert load(tmp_path).train[:2] == PAIRS[2:4], "not what an earlier start has read"
+    write_split(tmp_path / name.format("old/train"), ROWS)
+    with pytest.raises(train.UserError, match="dataset.name: .*train"):  # or rows of two ages would mix silently
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ""])
@@ -97,7 +101,7 @@ DAMAGED = [
 
 @pytest.mark.parametrize(("file", "content"), DAMAGED)
 def test_load_splits_damaged_file(load: Any, tmp_path: Path, file: str, content: bytes) -> None:
-    write_jsonl(tmp_path / "test.jsonl", ROWS)
+    write_split(tmp_path / f"test{Path(file).suffix.replace('txt', 'csv')}", ROWS)  # a folder has files of one format
     (tmp_path / file).write_bytes(content)
     assert refusal(load, tmp_path).startswith("dataset.name: ")
 
@@ -108,9 +112,9 @@ def test_load_examples_missing_split_or_column(load: Any, tmp_path: Path) -> Non
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     write_jsonl(tmp_path / "dev.jsonl", ROWS)
     message = refusal(load, tmp_path)
-    assert message.startswith("dataset.name: ") and all(word in message for word in ("test", "train", "dev"))
+    assert message.startswith("dataset.name: ") and all(word in message for word in ("test", "train", "validation"))
     message = refusal(load, tmp_path, SPLIT | {"dataset.split": "val"})
-    assert message.startswith("dataset.split: ") and "dev" in message
+    assert message.startswith("dataset.split: ") and "validation" in message
     message = refusal(load, ROWS, {"dataset.input_field": "qestion"})
     assert message.startswith("dataset.input_field: ") and "did you mean question" in message
     assert refusal(load, ROWS, {"dataset.target_field": "solution"}).startswith("dataset.target_field: ")
@@ -127,20 +131,20 @@ def test_read_rows_leaves_out_faulty_rows_with_a_count(load: Any, capsys: Any, q
     assert "2 of 10 train rows" in said and key in said and "row 3 of train" in said
     assert load([*ROWS[:2], odd, odd]).train == PAIRS[:2]
     message = refusal(load, [*ROWS[:2], odd, odd, odd])  # more than half
-    assert message.startswith(f"{key}: row 2 of train") and "3 of 5" in message
+    assert message.startswith(f"{key}: ") and "row 2 of train" in message and "3 of 5" in message
 
 
 @pytest.mark.parametrize(("question", "answer"), [(["q"], "1"), (5, "1"), ("q", True), ("q", ["1"]), ("q", {"a": 1})])
 def test_read_rows_column_that_is_no_text(load: Any, question: Any, answer: Any) -> None:
     key = "target_field" if question == "q" else "input_field"
-    assert refusal(load, [{"question": question, "answer": answer}]).startswith(f"dataset.{key}: row 0 of train")
+    assert refusal(load, [{"question": question, "answer": answer}]).startswith(f"dataset.{key}: ")
 
 
 def test_read_rows_target_that_the_extractor_does_not_read(load: Any, capsys: Any) -> None:
     gsm8k = {"reward.answer_extractor": "gsm8k_hash"}
     message = refusal(load, answers("so it is 5!", "x"), gsm8k)
-    assert message.startswith("dataset.target_field: row 0 of train")
-    assert all(word in message for word in ("gsm8k_hash", "so it is 5!", "identity"))  # which would read it
+    assert message.startswith("dataset.target_field: ")
+    assert all(word in message for word in ("row 0 of train", "gsm8k_hash", "so it is 5!", "identity would"))
     assert load(answers("so #### 5", "6", "{x}"), gsm8k).train == [("q0", "so #### 5"), ("q1", "6")]
     assert "'{x}'" in capsys.readouterr().out
 
@@ -165,10 +169,10 @@ def test_as_text_refuses_numbers_that_lost_digits(load: Any, targets: list[Any])
 
 def test_read_rows_nan_is_no_answer(load: Any, tmp_path: Path, capsys: Any) -> None:
     assert load(answers(float("nan"), 4.5, 0.25)).train == [("q1", "4.5"), ("q2", "0.25")]
-    assert "NaN" in capsys.readouterr().out
-    (tmp_path / "train.jsonl").unlink()
-    (tmp_path / "train.csv").write_text("question,answer\na,NaN\nb,\nc,x\nd,y\n")
-    assert load(tmp_path).train == [("c", "x"), ("d", "y")]
+    assert "nan" in capsys.readouterr().out
+    (tmp_path / "all.csv").write_text("question,answer\na,NaN\nb,\nc,x\nd,y\n")
+    loaded = load(tmp_path / "all.csv", SPLIT | {"dataset.test_split_size": 1})
+    assert sorted(loaded.train + loaded.test) == [("c", "x"), ("d", "y")]
 
 
 def test_read_rows_columns_stay_with_their_row(load: Any, tmp_path: Path) -> None:
@@ -210,19 +214,20 @@ def test_hold_out_keeps_copies_on_one_side(load: Any, tmp_path: Path) -> None:
     loaded = load(place, SPLIT | {"eval.validation": 3})
     sides = [{question.strip() for question, _ in side} for side in (loaded.train, loaded.validation, loaded.test)]
     assert all(sides) and len(set.union(*sides)) == sum(map(len, sides))
-    assert refusal(load, place, SPLIT | {"dataset.test_split_size": 24}).startswith("dataset.test_split_size: ")
+    for size in (24, None):
+        assert refusal(load, place, SPLIT | {"dataset.test_split_size": size}).startswith("dataset.test_split_size: ")
     assert refusal(load, ROWS[:1] * 9, {"eval.validation": 2}).startswith("eval.validation: ")
 
 
 # ----------------------------------------------------------------------------------------------- budgets, chat template
 
 
-def test_encode_rows_leaves_out_prompts_over_budget(load: Any, capsys: Any) -> None:
+def test_first_prompt_leaves_out_prompts_over_budget(load: Any, capsys: Any) -> None:
     rows = [*ROWS[:3], {"question": "9" * 40, "answer": "1"}, *ROWS[3:8]]
     loaded = load(rows)
     assert loaded.train == PAIRS[:8]
     budget, said = "train.max_prompt_length_attempt1", capsys.readouterr().out
-    assert "1 of 9 train prompts" in said and budget in said
+    assert "1 of 9 train rows" in said and budget in said
     longest = max(len(example.prompt) for example in loaded.parts[0])
     assert load(rows, {budget: longest}).train == PAIRS[:8], "the budget itself fits"
     assert refusal(load, rows, {budget: 4}).startswith(f"{budget}: ")
@@ -233,7 +238,7 @@ def render(make_config: Any, changes: dict[str, Any]) -> tuple[str, str, str]:
     config = make_config(changes)
     tokenizer = train.load_tokenizer(config)
     bridge, think = train.attempt2_bridge(tokenizer, config)
-    return train.chat_text(tokenizer, config, [{"role": "user", "content": "?"}]), tokenizer.decode(bridge), think
+    return train.chat_text(tokenizer, config, "?"), tokenizer.decode(bridge), think
 
 
 USER, OPEN = "<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>assistant\n"

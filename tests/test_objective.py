@@ -690,8 +690,8 @@ def test_learning_rate_is_a_trapezoid():
 
 
 def problems_of(policy: Any, config: Any, count: int = 8) -> list[Any]:
-    rows = [(f"{i}+1=?", "42", {}) for i in range(count)]
-    return train.encode_rows(rows, "train", config, policy.tokenizer)
+    questions = [f"{i}+1=?" for i in range(count)]
+    return [train.Example(text, "42", train.first_prompt(text, config, policy.tokenizer)) for text in questions]
 
 
 @pytest.mark.parametrize("stage", [1, 2])

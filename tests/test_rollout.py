@@ -27,7 +27,7 @@ def encode(policy: Any, text: str) -> list[int]:
 
 def examples_of(policy: Any, config: Any, questions: list[str], target: str = "42") -> list[Any]:
     """Examples with their prompts, as data gets them."""
-    return train.encode_rows([(text, target, {}) for text in questions], "train", config, policy.tokenizer)
+    return [train.Example(text, target, train.first_prompt(text, config, policy.tokenizer)) for text in questions]
 
 
 class Listening:
