@@ -529,21 +529,29 @@ def show_kernels(train: Any, policy: Any, problems: list[Any], config: Any) -> N
         work("warm up")
         with train.torch.profiler.profile(record_shapes=True) as seen:
             seconds, _ = timed(train, lambda work=work: work("watched"))
-        spent: Counter[str] = Counter()
+        spent, alone = (
+            Counter[str](),
+            Counter[str](),
+        )  # alone: kernels that no operation of torch launched, as in graphs
         for event in seen.events():
+            if event.device_type.name == "CUDA":
+                alone[event.name] += event.time_range.elapsed_us()
             parts = [(k.name, k.duration) for k in event.kernels] if cuda else [("", event.self_cpu_time_total)]
             for kernel, duration in parts:
-                spent[kernel_kind(event, kernel, policy, config)] += duration / 1e3
+                spent[kernel_kind(event.name, event.input_shapes, kernel, policy, config)] += duration / 1e3
+                alone[kernel] -= duration
+        for kernel, duration in alone.items() if cuda else ():
+            spent[kernel_kind("", [], kernel, policy, config)] += max(0, duration) / 1e3
         busy = sum(spent.values())
         print(f"\n{name}, {1e3 * seconds:,.0f} ms watched, of which kernels take {busy:,.0f} ms")
         for kind, milliseconds in spent.most_common():
             print(f"  {kind:<28} {milliseconds:>10.1f} ms {milliseconds / busy:>5.0%}", flush=True)
 
 
-def kernel_kind(event: Any, kernel: str, policy: Any, config: Any) -> str:
+def kernel_kind(operation: str, shapes: list[Any] | None, kernel: str, policy: Any, config: Any) -> str:
     """What an operation of torch, or a kernel that it launched, is for. Products are told apart by their sizes; those
     of a replayed graph have none."""
-    name, sizes = f"{event.name} {kernel}".lower(), {n for shape in event.input_shapes or [] for n in shape}
+    name, sizes = f"{operation} {kernel}".lower(), {n for shape in shapes or [] for n in shape}
     vocabulary = policy.model.get_input_embeddings().weight.shape[0] in sizes
     if any(word in name for word in ("attn", "attention", "flash", "fmha", "_attend", "_combine")):
         return "attention"
