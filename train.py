@@ -867,7 +867,7 @@ class Policy:
     micro_tokens: int  # tokens of a micro-batch of the update, pads included; an out-of-memory halves it
     logit_scale: float = 1.0  # the constant by which the family multiplies the head's output
     loss_scale: float = 1.0  # float16: a power of two above 1 by which the loss is multiplied, see `train_step`
-    recompute: Callable[[], Any] | None = None  # switches gradient checkpointing on, where `auto` has left it off
+    recompute: Callable[[], Any] | None = None  # `for_training` with gradient checkpointing, while `auto` is without
     sampler: Any = None
 
     @property
@@ -905,15 +905,16 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use
     if DEVICE.type == "cpu" and model.num_parameters() < 2**24:
         torch.set_num_threads(1)  # matrices this small keep threads waiting for one another
     longest = train.max_prompt_length_attempt2 + train.max_new_tokens_attempt2
-    to_training = partial(for_training, checkpointing is not False)
+    to_training = partial(for_training, checkpointing is True)
     micro_tokens = train.micro_batch_size * longest
     policy = Policy(model, tokenizer, eos, pad, bridge, think_prefix, for_generation, to_training, micro_tokens)
+    if checkpointing == "auto":  # activations are computed twice, which costs time, only after an out-of-memory
+        policy.recompute = partial(for_training, True)
+        policy.micro_tokens = min(micro_tokens, max(longest, ENOUGH_TOKENS))
     policy.loss_scale = LOSS_SCALE if model.get_input_embeddings().weight.dtype == torch.float16 else 1.0
     policy.for_training()
     find_logit_scale(policy)
     policy.sampler = make_sampler(policy, config.model.fast_inference, name)
-    if checkpointing == "auto":
-        keep_activations_if_they_fit(policy, partial(for_training, False), longest)
     return policy
 
 
@@ -1130,28 +1131,6 @@ def find_logit_scale(policy: Policy) -> None:
         if not off(policy.logit_scale) < (1e-3 if exact else 0.1):
             why = "changes its logits after the head in an unknown way, or is random in training"
             raise UserError(f"model.name: {config.model_type} {why}: unsupported")
-
-
-def keep_activations_if_they_fit(policy: Policy, without: Callable, longest: int) -> None:
-    """Gradient checkpointing `auto`: computing activations twice costs time, so it is off where half of the free memory
-    holds those of a micro-batch of ENOUGH_TOKENS (and of one row of `longest`).
-
-    What a token's activations take is measured on one row. `train_step` switches it on again rather than give up."""
-    recompute, policy.for_training = policy.for_training, without
-    policy.for_training()
-    if DEVICE.type != "cuda":
-        return
-    row = [i % len(policy.tokenizer) for i in range(min(1024, longest))]
-    before = torch.cuda.memory_allocated()
-    kept = completion_log_probs(policy, [[Turn(row[:1], row[1:])]], 1.0)
-    a_token = (torch.cuda.memory_allocated() - before) / len(row)
-    del kept
-    fits = int((torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - before) / 2 / a_token)
-    if fits < max(longest, min(ENOUGH_TOKENS, policy.micro_tokens)):
-        policy.for_training = recompute
-        recompute()
-    else:
-        policy.recompute, policy.micro_tokens = recompute, min(policy.micro_tokens, max(longest, ENOUGH_TOKENS))
 
 
 @contextmanager
@@ -1379,8 +1358,8 @@ def train_step(
     """One REINFORCE step. Returns loss, KL and gradient statistics; "skipped" is True, and the weights are untouched,
     if loss or gradient is not finite. It is on-policy, so there is no importance ratio.
 
-    An out-of-memory starts the update over with half the micro-batch, an overflow of float16 with half the loss scale:
-    nothing of the step is lost. Where no scale helps, the batch is at fault, and the scale stays."""
+    An out-of-memory starts the update over in less memory, an overflow of float16 with half the loss scale: nothing
+    of the step is lost. Where no scale helps, the batch is at fault, and the scale stays."""
     returns, kappas = stage_returns(stage, conversations, train)
     credit, scale = balanced(advantages(returns, stage, train), stage, train).float(), policy.loss_scale
     while True:
@@ -1415,16 +1394,19 @@ def finite(conversations: Conversations) -> bool:
 
 
 def use_less_memory(policy: Policy, longest: int) -> None:
-    """After an out-of-memory: half the micro-batch, then gradient checkpointing. Raises RunError after both."""
-    if policy.micro_tokens >= longest:
-        policy.micro_tokens //= 2
-    elif policy.recompute:
+    """After an out-of-memory: gradient checkpointing where it is `auto`, then half the micro-batch. Raises RunError
+    where a micro-batch is one row of `longest` tokens already."""
+    if policy.recompute:
         policy.for_training, policy.recompute = policy.recompute, None
         policy.for_training()
+        how = "gradient checkpointing, as model.gradient_checkpointing: true has from the start"
+    elif policy.micro_tokens >= longest:
+        policy.micro_tokens //= 2
+        how = f"micro-batches of {policy.micro_tokens} tokens"
     else:
         raise RunError(f"one row of {longest} tokens does not fit in this card's memory; lower the token budgets")
     torch.cuda.empty_cache()
-    log(f"Out of GPU memory: the update starts over with micro-batches of {policy.micro_tokens} tokens.")
+    log(f"Out of GPU memory: the update starts over with {how}.")
 
 
 def add_gradients(
