@@ -52,7 +52,8 @@ def random_conversations(
             completion = draw(budget)
             end = [eos[row // 2 % len(eos)]] if row % 2 else []
             reward = rng.choice([0.0, 0.25, 0.5, 1.0])
-            turns.append(train.Turn(prompt, completion + end, reward=reward, truncated=not end))
+            log_probs = [-1.0] * len(completion + end)
+            turns.append(train.Turn(prompt, completion + end, reward=reward, truncated=not end, log_probs=log_probs))
             prompt = [*prompt, *completion, 9, 8, 7]
         conversations.append(turns)
     return conversations

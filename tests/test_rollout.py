@@ -252,7 +252,9 @@ def test_evaluate_counts_as_the_paper_does(make_policy, capsys, monkeypatch):
     assert 0 < event["edit_distance_ratio"] < 1
     assert event["delta_interval"][0] <= event["delta"] <= event["delta_interval"][1]
     assert "overflow" not in capsys.readouterr().out
-    monkeypatch.setattr(train, "finite", lambda _: False)
+    monkeypatch.setattr(
+        train, "sample", lambda _, prompts, *__, **___: ([[5]] * len(prompts), [[math.nan]] * len(prompts))
+    )
     train.evaluate(policy, examples_of(policy, config, ["a"]), config, "pretrain")
     assert "overflows its numbers in rollouts of pretrain" in capsys.readouterr().out
     rows = [(row["question"], row["correct_attempt1"], row["correct_attempt2"]) for row in samples]
