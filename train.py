@@ -882,35 +882,28 @@ def reference(policy: Policy) -> Any:
 
 
 def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None) -> Policy:
-    """The policy with its sampler. `adapter` holds LoRA weights to start from. Raises UserError for a model or an
-    adapter that does not fit."""
+    """The policy with its sampler; `adapter` holds LoRA weights to start from. Raises UserError if these do not fit."""
     bridge, think_prefix = attempt2_bridge(tokenizer, config)
     model, for_generation, for_training = load_model(config)
-    name, checkpointing, embedding = (
-        config.model.name,
-        config.model.gradient_checkpointing,
-        model.get_input_embeddings(),
-    )
-    if max(bridge, default=0) >= len(embedding.weight):
+    name, train, embedding = config.model.name, config.train, model.get_input_embeddings().weight
+    if max(bridge, default=0) >= len(embedding):
         raise UserError(f"model.name: the tokenizer of {name} has tokens that its model lacks: it is another model's")
-    # A model's own generation_config (top_k, top_p, repetition penalty) would sample from another policy than the one
-    # whose log-probs are trained. Only its token ids are kept.
-    eos = eos_ids(model, tokenizer, name)
-    pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=pad)
-    model.peft_config["default"].base_model_name_or_path = name
     if adapter:
         load_adapter(model, adapter)
     if DEVICE.type == "cpu" and model.num_parameters() < 2**24:
         torch.set_num_threads(1)  # matrices this small keep threads waiting for one another
-    longest = config.train.max_prompt_length_attempt2 + config.train.max_new_tokens_attempt2
-    to_training, micro_tokens = partial(for_training, checkpointing is True), config.train.micro_batch_size * longest
-    policy = Policy(model, tokenizer, eos, pad, bridge, think_prefix, for_generation, to_training, micro_tokens)
-    if checkpointing == "auto":  # activations are computed twice, which costs time, only after an out-of-memory
+    # A model's own generation_config (top_k, top_p, repetition penalty) would sample from another policy than the one
+    # whose log-probs are trained. Only its token ids are kept.
+    eos = eos_ids(model, tokenizer)
+    pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=pad)
+    longest = train.max_prompt_length_attempt2 + train.max_new_tokens_attempt2
+    switches = for_generation, partial(for_training, config.model.gradient_checkpointing is True)
+    policy = Policy(model, tokenizer, eos, pad, bridge, think_prefix, *switches, train.micro_batch_size * longest)
+    if config.model.gradient_checkpointing == "auto":  # it costs time, so it waits for an out-of-memory
         policy.recompute = partial(for_training, True)
-        policy.micro_tokens = min(micro_tokens, max(longest, ENOUGH_TOKENS))
-    if embedding.weight.dtype == torch.float16:
-        policy.loss_scale = LOSS_SCALE
+        policy.micro_tokens = min(policy.micro_tokens, max(longest, ENOUGH_TOKENS))
+    policy.loss_scale = LOSS_SCALE if embedding.dtype == torch.float16 else 1.0
     policy.for_training()
     find_logit_scale(policy)
     policy.sampler = make_sampler(policy, config.model.fast_inference, name)
@@ -936,6 +929,7 @@ def load_model(config: Config) -> tuple[Any, Callable, Callable]:
         raise
     except Exception as error:  # a model's files and code raise what they like
         raise UserError(f"model.name: {name} cannot be loaded: {first_line(error)}") from None
+    model.peft_config["default"].base_model_name_or_path = name
     for weight in filter(lambda weight: weight.requires_grad, model.parameters()):
         weight.data = weight.data.float()
     return model, *switches
@@ -954,15 +948,12 @@ def text_config(config: Config) -> Any:
 
 
 def check_length(text: Any, config: Config) -> None:
-    """A conversation must fit in the model's positions. Raises UserError.
-
-    Past the length that some rotary embeddings start from, a token's place depends on how long its row is: a token
-    would be sampled with other log-probs than the whole row has."""
+    """A conversation must fit in the model's positions, and in those that some rotary embeddings start from: past them
+    a token's place, and so its log-prob, depends on how long its row is. Raises UserError."""
     rope, limits = getattr(text, "rope_parameters", None) or {}, [getattr(text, "max_position_embeddings", None)]
     for part in (rope, *rope.values()):  # one, or one a kind of layer
         if isinstance(part, dict) and part.get("rope_type") in ROPE_BY_LENGTH:
-            start = part.get("original_max_position_embeddings")
-            limits.append(start or getattr(text, "original_max_position_embeddings", None))
+            limits.append(part.get("original_max_position_embeddings"))
     longest = config.train.max_prompt_length_attempt2 + config.train.max_new_tokens_attempt2
     limit = min(filter(None, limits), default=longest)
     if longest > limit:
@@ -995,16 +986,14 @@ def load_with_unsloth(config: Config) -> tuple[Any, Callable, Callable]:
         make_deterministic(base)
         how = {"use_gradient_checkpointing": checkpointing, "random_state": config.train.seed}
         model = FastLanguageModel.get_peft_model(base, bias="none", **lora_settings(base, config), **how)
-    for_training = partial(FastLanguageModel.for_training, model)
-    return model, partial(FastLanguageModel.for_inference, model), for_training
+    return model, partial(FastLanguageModel.for_inference, model), partial(FastLanguageModel.for_training, model)
 
 
 def load_with_transformers(config: Config, text: Any) -> tuple[Any, Callable, Callable]:
-    how = {"dtype": number_format(config)} | ({"device_map": {"": DEVICE}} if DEVICE.type != "cpu" else {})
-    if config.model.load_in_4bit:
-        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": how["dtype"]}
-        how["quantization_config"] = transformers.BitsAndBytesConfig(**nf4)
-    base = load_base(config, text, **how)
+    numbers, place = number_format(config), {"": DEVICE} if DEVICE.type != "cpu" else None
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": numbers}
+    bits = transformers.BitsAndBytesConfig(**nf4) if config.model.load_in_4bit else None
+    base = load_base(config, text, dtype=numbers, device_map=place, quantization_config=bits)
     make_deterministic(base)
     model = get_peft_model(base, PeftLoraConfig(**lora_settings(base, config), task_type="CAUSAL_LM"))
 
@@ -1073,13 +1062,10 @@ def lora_settings(base: Any, config: Config) -> dict[str, Any]:
     return {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": targets}
 
 
-def eos_ids(model: Any, tokenizer: Any, name: str) -> list[int]:
+def eos_ids(model: Any, tokenizer: Any) -> list[int]:
     """Every token that ends an answer: those of the generation config, of the model config and of the tokenizer."""
-    parts = [model.config, tokenizer]
-    with suppress(Exception):  # no generation_config.json
-        parts.insert(0, transformers.GenerationConfig.from_pretrained(name))
-    ids = [getattr(part, "eos_token_id", None) for part in parts]
-    ids = [i for given in ids for i in (given if isinstance(given, list) else [given]) if i is not None]
+    named = [getattr(part, "eos_token_id", None) for part in (model.generation_config, model.config, tokenizer)]
+    ids = [i for given in named for i in (given if isinstance(given, list) else [given]) if i is not None]
     if not ids:
         raise UserError("model.name: neither the model nor its tokenizer names an EOS token")
     return list(dict.fromkeys(ids))
@@ -1107,10 +1093,8 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
 
 
 def find_logit_scale(policy: Policy) -> None:
-    """Sets the constant by which the family scales its logits after the head, and refuses what is not understood.
-
-    Each constant of its config (some families multiply by it, others divide) is tried on one short row, against the
-    model's own logits. Raises UserError."""
+    """Sets the constant by which the family scales its logits after the head: of those in its config (some families
+    multiply by one, others divide) the one that gives the model's own log-probs on a short row. Raises UserError."""
     config, row, off = policy.model.config, [i % len(policy.tokenizer) for i in range(5, 17)], {}
     named = [getattr(config, name, None) for name in ("logits_scaling", "logit_scale", "lm_head_multiplier")]
     with torch.no_grad(), reference(policy):  # the adapter's dropout would differ between the two
@@ -1197,9 +1181,8 @@ def learning_rate(step: int, steps: int, train: TrainConfig) -> float:
 def training_step(
     policy: Policy, optimizer: Optimizer, problems: list[Example], stage: int, step: int, rate: float, config: Config
 ) -> tuple[dict[str, Any], Conversations]:
-    """One step: roll out a batch of problems, update on those with something to learn from.
-
-    Returns what metrics.jsonl says of it and all conversations."""
+    """One step: rolls out a batch of problems and updates on those with something to learn from. Returns what
+    metrics.jsonl says of it and all conversations."""
     train, seed = config.train, f"{config.train.seed}/stage{stage}/{step}"
     corrections = train.stage1_corrections if stage == 1 else 1
     rows = [problem for problem in problems for _ in range(train.num_generations // corrections)]
@@ -1208,22 +1191,17 @@ def training_step(
     if step % 100 == 0 and policy.loss_scale > 1:  # or one early overflow would lose small gradients for ever
         policy.loss_scale = min(2 * policy.loss_scale, LOSS_SCALE)
     torch.manual_seed(random.Random(seed).getrandbits(31))  # LoRA dropout, and whatever else draws
-    times = [time.perf_counter()]
+    start = time.perf_counter()
     conversations = roll_out(policy, rows, config, train.generation_temperature, seed, corrections)
-    times.append(time.perf_counter())
+    sampled = time.perf_counter()
     chosen, without_signal = dynamic_sampling(conversations, stage, train)
     figures = reports.attempt_means(conversations, config) | train_step(policy, optimizer, chosen, stage, train)
-    times.append(time.perf_counter())
+    figures |= {"seconds_rollout": sampled - start, "seconds_update": time.perf_counter() - sampled}
     tokens = sum({id(turn): len(turn.completion) for c in conversations for turn in c}.values())  # a shared one once
-    return figures | {
-        "reward_gap": figures["reward_attempt2"] - figures["reward_attempt1"],
-        "without_signal": without_signal,
-        "seconds_rollout": times[1] - times[0],
-        "seconds_update": times[2] - times[1],
-        "learning_rate": rate,
-        "tokens_per_second": tokens / (times[1] - times[0]),
-        "peak_memory_gb": torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None,
-    }, conversations
+    figures |= {"tokens_per_second": tokens / figures["seconds_rollout"], "without_signal": without_signal}
+    figures |= {"reward_gap": figures["reward_attempt2"] - figures["reward_attempt1"], "learning_rate": rate}
+    figures["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None
+    return figures, conversations
 
 
 # ---------------------------------------------------------------------------------------------------------- rollout
@@ -1249,25 +1227,25 @@ class Turn:
 def roll_out(
     policy: Policy, examples: list[Example], config: Config, temperature: float, seed: str, corrections: int = 1
 ) -> Conversations:
-    """Samples both attempts at every example and grades them; returns the conversations. Raises RewardError.
-
-    Attempt 2's prompt holds attempt 1 verbatim, reasoning included. With `corrections` m each first attempt stands in
-    m conversations in a row and is corrected in each anew."""
+    """Samples and grades both attempts at every example. With `corrections` m each first attempt stands in m
+    conversations in a row and is corrected in each anew. Raises RewardError."""
     with policy.sampler.conversation():
-        turns = take_turns(policy, [e.prompt for e in examples], examples, config, temperature, f"{seed}/1", [])
-        conversations = [[turn] for turn in turns for _ in range(corrections)]
+        firsts = take_turns(policy, examples, config, temperature, f"{seed}/1", [])
+        opened = [[first] for first in firsts for _ in range(corrections)]
         examples = [example for example in examples for _ in range(corrections)]
-        prompts = [[*c[0].prompt, *c[0].written, *policy.bridge] for c in conversations]
-        turns = take_turns(policy, prompts, examples, config, temperature, f"{seed}/2", conversations)
-    return [[*before, turn] for before, turn in zip(conversations, turns, strict=True)]
+        seconds = take_turns(policy, examples, config, temperature, f"{seed}/2", opened)
+    return [[*before, second] for before, second in zip(opened, seconds, strict=True)]
 
 
 def take_turns(
-    policy: Policy, prompts: list[list[int]], examples: list[Example], config: Config, temperature: float, seed: str,
-    earlier: Conversations,
-) -> list[Turn]:  # fmt: skip
-    """Samples and grades one attempt at every example, after the turns of `earlier`. Raises RewardError."""
-    budget = config.train.max_new_tokens_attempt2 if earlier else config.train.max_new_tokens_attempt1
+    policy: Policy, examples: list[Example], config: Config, temperature: float, seed: str, earlier: Conversations
+) -> list[Turn]:
+    """Samples and grades one attempt at every example. After the turns of `earlier` its prompt holds these verbatim,
+    reasoning included. Raises RewardError."""
+    prompts, budget = [example.prompt for example in examples], config.train.max_new_tokens_attempt1
+    if earlier:
+        prompts = [[*last.prompt, *last.written, *policy.bridge] for *_, last in earlier]
+        budget = config.train.max_new_tokens_attempt2
     made = sample(policy, prompts, budget, temperature, seed, memory_share=config.model.fast_inference_gpu_mem)
     turns = [
         Turn(prompt, completion, truncated=completion[-1] not in policy.eos_token_ids, log_probs=log_probs)
@@ -1465,12 +1443,9 @@ def completion_log_probs(policy: Policy, conversations: Conversations, temperatu
     model = policy.model.get_base_model()
     with autocast(policy):
         hidden = getattr(model, model.base_model_prefix)(input_ids=ids.to(DEVICE), use_cache=False)[0]  # [B, L, H]
-    where, targets = [], []
-    for b, conversation in enumerate(conversations):
-        for turn in conversation:
-            before = b * ids.shape[1] + len(turn.prompt) - 1
-            where += range(before, before + len(turn.completion))
-            targets += turn.completion
+    turns = [(b * ids.shape[1] + len(t.prompt) - 1, t.completion) for b, c in enumerate(conversations) for t in c]
+    where = [start + i for start, completion in turns for i in range(len(completion))]  # a token's is the one before it
+    targets = [token for _, completion in turns for token in completion]
     head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
     hidden = hidden.flatten(0, 1)[torch.tensor(where, device=DEVICE)].to(head.weight.dtype)  # [N, H]
     how = policy.logit_scale, cap, temperature
@@ -1495,10 +1470,8 @@ class LinearLogProb(torch.autograd.Function):
     CHUNK_BYTES = 2**28
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float,
-        cap: float | None, temperature: float,
-    ):  # fmt: skip
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *how: Any):
+        scale, cap, temperature = how
         log_probs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         direction = torch.empty_like(hidden) if hidden.requires_grad else None
         rows = max(1, LinearLogProb.CHUNK_BYTES // (4 * weight.shape[0]))
@@ -1541,20 +1514,18 @@ def k3(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------- evaluation
 def evaluate(policy: Policy, examples: list[Example], config: Config, checkpoint: str) -> tuple[dict, list[dict]]:
-    """The paper's metrics on `examples`, greedily unless eval.generation_temperature says otherwise.
-
-    Returns the event for metrics.jsonl and a row for samples.jsonl for each example. "acc" is the share of correct
-    answers, not a mean reward. Raises Interrupted."""
+    """The paper's metrics on `examples`, greedily unless eval.generation_temperature says otherwise: the event for
+    metrics.jsonl, and a row for samples.jsonl for each example. "acc" is the share of correct answers, not a mean
+    reward. Raises Interrupted."""
     size, temperature = config.eval.batch_size, config.eval.generation_temperature
-    start, conversations = time.perf_counter(), []
+    start, conversations, where = time.perf_counter(), [], {"event": "eval", "checkpoint": checkpoint}
     for i in progress(range(0, len(examples), size), f"evaluate {checkpoint}"):
         if SIGNALS_SEEN:
             raise Interrupted
-        seed = f"{config.train.seed}/eval/{i}"
-        conversations += roll_out(policy, examples[i : i + size], config, temperature, seed)
+        batch, seed = examples[i : i + size], f"{config.train.seed}/eval/{i}"
+        conversations += roll_out(policy, batch, config, temperature, seed)
     if not all(math.isfinite(p) for conversation in conversations for turn in conversation for p in turn.log_probs):
         log(f"Warning: the model overflows its numbers in rollouts of {checkpoint}; set model.dtype: bfloat16.")
-    where = {"event": "eval", "checkpoint": checkpoint}
     event = where | {"n": len(examples)} | reports.evaluation_figures(conversations, config)
     event["seconds"] = time.perf_counter() - start
     return event, [where | reports.sample_row(*pair) for pair in zip(examples, conversations, strict=True)]

@@ -72,7 +72,7 @@ def run_trl(train: Any, config: Any, tokenizer: Any, examples: list, clock: Cloc
 
     settings, wanted, gpu = config.train, config.reward, train.DEVICE.type != "cpu"
     _, think_prefix = train.attempt2_bridge(tokenizer, config)
-    model, *_ = train.load_model(config, use_unsloth=gpu)
+    model, *_ = train.load_model(config)
     if not gpu:
         trl.trainer.utils._ChunkedLogProbFunction = SimpleNamespace(apply=plain_log_probs)  # theirs is a Triton kernel
         train.torch.set_num_threads(1)  # as load_policy does for small models

@@ -19,14 +19,16 @@ needs_unsloth = pytest.mark.skipif(not importlib.util.find_spec("unsloth"), reas
 
 
 @pytest.fixture
-def make_gpu_policy(make_policy: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
-    """make_gpu_policy(use_unsloth, vocab_size, adapter) -> Policy of a random Qwen3 with heads of 32."""
+def make_gpu_policy(make_policy: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """make_gpu_policy(use_unsloth, vocab_size, changes, adapter=...) -> Policy of a random Qwen3 with heads of 32."""
+    import train
 
-    def make(use_unsloth: bool = True, vocab_size: int = 0, adapter: Path | None = None) -> Any:
+    def make(use_unsloth: bool = True, vocab_size: int = 0, changes: dict | None = None, **more: Any) -> Any:
         folder = tmp_path / f"model{vocab_size}"
         if not folder.exists():
             build_model(folder, hidden=128, vocab_size=vocab_size)
-        return make_policy({"model.name": str(folder)} | KEYS, use_unsloth=use_unsloth, adapter=adapter)[0]
+        monkeypatch.setattr(train, "unsloth_serves", lambda _: use_unsloth)
+        return make_policy({"model.name": str(folder)} | KEYS | (changes or {}), **more)[0]
 
     return make
 
@@ -94,15 +96,14 @@ def test_gradients_reach_every_lora_weight(make_gpu_policy: Callable[..., Any], 
 
 @pytest.mark.parametrize("use_unsloth", [pytest.param(True, marks=needs_unsloth), False])
 def test_an_out_of_memory_switches_checkpointing_on_and_changes_no_gradient(
-    make_policy: Callable[..., Any], tmp_path: Path, use_unsloth: bool
+    make_gpu_policy: Callable[..., Any], use_unsloth: bool
 ) -> None:
     import torch
 
     import train
 
-    folder = build_model(tmp_path / "model", hidden=128)
-    keys = KEYS | {"model.name": str(folder), "model.gradient_checkpointing": "auto", "train.micro_batch_size": 10**6}
-    policy, _ = make_policy(keys, use_unsloth=use_unsloth)
+    changes = {"model.gradient_checkpointing": "auto", "train.micro_batch_size": 10**6}
+    policy = make_gpu_policy(use_unsloth, changes=changes)
     assert policy.micro_tokens == train.ENOUGH_TOKENS
     move(policy)
     found, peaks = [], []
