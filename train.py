@@ -911,10 +911,9 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None) -> 
 
 
 def load_model(config: Config) -> tuple[Any, Callable, Callable]:
-    """The PEFT model, the switch to generation, and the one to training, which is told about gradient checkpointing.
-
-    With Unsloth where it serves, else with transformers + PEFT. Both give the same model: base weights in
-    `number_format`, the same LoRA settings, float32 LoRA weights. Raises UserError."""
+    """The PEFT model, the switch to generation, and the one to training, which is told about gradient checkpointing:
+    Unsloth's where it serves, else those of transformers + PEFT. Both give base weights in `number_format`, the same
+    LoRA settings and float32 LoRA weights. Raises UserError."""
     name = config.model.name
     if config.model.load_in_4bit and DEVICE.type == "cpu":
         raise UserError("model.load_in_4bit: needs a GPU; set it to false on a CPU")
@@ -941,9 +940,8 @@ def text_config(config: Config) -> Any:
     whole = transformers.AutoConfig.from_pretrained(wanted.name, trust_remote_code=wanted.trust_remote_code)
     text = whole.get_text_config()
     if text is not whole:
-        text.multimodal_parent = whole.model_type
-        for name in filter(partial(hasattr, whole), reports.SHARED_SETTINGS):
-            setattr(text, name, getattr(whole, name))
+        shared = {name: getattr(whole, name) for name in reports.SHARED_SETTINGS if hasattr(whole, name)}
+        text.update(shared | {"multimodal_parent": whole.model_type})
     return text
 
 
@@ -990,6 +988,7 @@ def load_with_unsloth(config: Config) -> tuple[Any, Callable, Callable]:
 
 
 def load_with_transformers(config: Config, text: Any) -> tuple[Any, Callable, Callable]:
+    """The same without Unsloth. Raises UserError or ValueError for what it would load wrongly."""
     numbers, place = number_format(config), {"": DEVICE} if DEVICE.type != "cpu" else None
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": numbers}
     bits = transformers.BitsAndBytesConfig(**nf4) if config.model.load_in_4bit else None
@@ -1017,9 +1016,9 @@ def load_base(config: Config, text: Any, **how: Any) -> Any:
 
 
 def make_deterministic(base: Any) -> None:
-    """Switches off what makes a token's log-prob depend on more than the tokens before it: a model's own dropout and
-    noise, which would train another policy than was sampled, and rotary embeddings that look at the row's length, which
-    `check_length` keeps where they do not change. Raises ValueError for a router whose noise stays."""
+    """Switches off what makes a token's log-prob depend on more than the tokens before it: dropout and noise, and the
+    look at the row's length of rotary embeddings, which `check_length` keeps where they do not change. Raises
+    ValueError for a router whose noise stays."""
     for module in base.modules():
         if hasattr(module, "router_jitter_noise"):  # PhiMoE's, which is also a constant of its evaluation
             raise ValueError("it draws its experts at random in training")
@@ -1075,9 +1074,9 @@ def load_adapter(model: Any, folder: Path) -> None:
     """Copies saved LoRA weights into `model`. Raises UserError when they do not fit, or the file is damaged."""
     saved = read_weights(folder / "adapter_model.safetensors")
     ours = get_peft_model_state_dict(model, save_embedding_layers=False)
-    theirs, wanted = ({(name, tuple(w.shape)) for name, w in weights.items()} for weights in (saved, ours))
-    for name, shape in sorted(theirs ^ wanted)[:1]:
-        raise UserError(f"--resume-adapter {folder}: is of another base model: {name} {shape} does not match")
+    theirs, wanted = ({f"{name} {tuple(w.shape)}" for name, w in weights.items()} for weights in (saved, ours))
+    if odd := sorted(theirs ^ wanted):
+        raise UserError(f"--resume-adapter {folder}: is of another base model: {odd[0]} does not match")
     set_peft_model_state_dict(model, saved)
 
 
@@ -1140,10 +1139,9 @@ SILENT_STEPS = 3  # in a row, until a line says that nothing is learned
 def train_stage(
     policy: Policy, examples: list[Example], stage: int, run: Run, done: int, steps: dict[int, int], validate: Callable
 ) -> None:
-    """One stage from its step `done` on: roll out, update, write down. The stages differ in `stage_returns` alone.
-
-    Calls `validate(stage, step)` after each checkpoint. Raises Interrupted after saving one, and RunError when
-    MAX_SKIPPED_STEPS steps in a row had a loss or gradient that is not finite."""
+    """One stage from its step `done` on: rolls out, updates, writes down, and calls `validate(stage, step)` after each
+    checkpoint. The stages differ in `stage_returns` alone. Raises Interrupted after saving a checkpoint, and RunError
+    when MAX_SKIPPED_STEPS steps in a row had a loss or gradient that is not finite."""
     config, train = run.config, run.config.train
     batches = stage_batches(stage, len(examples), config)
     optimizer = AdamW(policy.trainable.values(), lr=train.learning_rate, weight_decay=0.0)
@@ -1221,6 +1219,7 @@ class Turn:
 
     @property
     def written(self) -> list[int]:
+        """The completion without its EOS."""
         return self.completion if self.truncated else self.completion[:-1]
 
 
@@ -1277,12 +1276,10 @@ def dynamic_sampling(conversations: Conversations, stage: int, train: TrainConfi
 
     Where all rollouts of a problem earn alike, every advantage is 0 and only the KL terms would pull. One problem in
     `oversample` is trained, in the order of the batch; those without signal are the first to be left out."""
-    returns, _ = stage_returns(stage, conversations, train)
-    of_problem = (-1, train.num_generations * returns.shape[1])
-    credit, size = (x.abs().view(of_problem).amax(1) for x in (advantages(returns, stage, train), returns))
+    (returns, _), n = stage_returns(stage, conversations, train), train.num_generations
+    credit, size = (x.abs().unflatten(0, (-1, n)).amax((1, 2)) for x in (advantages(returns, stage, train), returns))
     silent = credit <= 1e-9 * size  # relative: rounding leaves traces of large rewards
     kept = silent.int().argsort(stable=True)[: len(silent) // train.oversample].sort().values.tolist()
-    n = train.num_generations
     return [c for problem in kept for c in conversations[problem * n : (problem + 1) * n]], silent.float().mean().item()
 
 
@@ -1333,8 +1330,8 @@ def balanced(credit: Tensor, stage: int, train: TrainConfig) -> Tensor:
 def train_step(
     policy: Policy, optimizer: Optimizer, conversations: Conversations, stage: int, train: TrainConfig
 ) -> dict[str, Any]:
-    """One REINFORCE step. Returns loss, KL and gradient statistics; "skipped" is True, and the weights are untouched,
-    if loss, gradient or a sampled log-prob is not finite. It is on-policy, so there is no importance ratio.
+    """One REINFORCE step, on-policy, so without an importance ratio. Returns loss, KL and gradient statistics;
+    "skipped": the weights are untouched, for loss, gradient or a sampled log-prob is not finite.
 
     An out-of-memory starts the update over in less memory, an overflow of float16 with half the loss scale: nothing
     of the step is lost. Where no scale helps, the batch is at fault, and the scale stays."""
@@ -1412,14 +1409,12 @@ def add_gradients(
     for weight in filter(lambda weight: weight.grad is not None, policy.trainable.values()):
         weight.grad /= policy.loss_scale
     loss, kl, drift, tokens = sums.cpu().double().T  # [turns] each
-    figures = {f"kl_attempt{number}": value for number, value in enumerate((kl / tokens).tolist(), 1)}
-    figures |= {"kl_max": kl_max.item(), "loss": loss.sum().item()}
-    return figures | {"logprob_drift": (drift / tokens).max().item()}
+    figures = {"loss": loss.sum().item(), "kl_max": kl_max.item(), "logprob_drift": (drift / tokens).max().item()}
+    return figures | {f"kl_attempt{number}": value for number, value in enumerate((kl / tokens).tolist(), 1)}
 
 
 def micro_batches(conversations: Conversations, max_tokens: int) -> list[list[int]]:
-    """Conversations by index, longest first, in groups of at most `max_tokens` tokens, pads counted
-    (and at least one conversation)."""
+    """Conversations by index, longest first, in groups of one, or of more with at most `max_tokens` tokens and pads."""
     lengths, batches = [len(c[-1].prompt) + len(c[-1].completion) for c in conversations], []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
@@ -1429,15 +1424,13 @@ def micro_batches(conversations: Conversations, max_tokens: int) -> list[list[in
 
 
 def completion_log_probs(policy: Policy, conversations: Conversations, temperature: float) -> Tensor:
-    """log pi(token | all before it) of every completion token under softmax(logits / temperature).
+    """log pi(token | all before it) of every completion token, EOS included, under softmax(logits / temperature):
+    float32 [N], conversation by conversation, turn by turn.
 
-    Returns float32 [N], conversation by conversation, turn by turn, N = the sum of the completions' lengths. The first
-    token after a prompt and a final EOS are among them, prompts are not. The last turn's row begins with the earlier
-    turns, so one forward pass serves all. Targets are the sampled tokens, whatever the row goes on with: what ended
-    attempt 1 need not be what stands there in attempt 2's prompt.
-
-    Rows go in right-padded: causal attention never looks ahead, so no pad is seen and no mask is needed. (Unsloth drops
-    masks in training mode: a left-padded row would be silently wrong.)"""
+    The last turn's row begins with the earlier turns, so one forward pass serves all. Targets are the sampled tokens:
+    what ended attempt 1 need not be what stands there in attempt 2's prompt. Rows go in right-padded: causal attention
+    never looks ahead, so no pad is seen and no mask is needed. (Unsloth drops masks in training mode: a left-padded row
+    would be silently wrong.)"""
     rows = [torch.tensor(c[-1].prompt + c[-1].completion) for c in conversations]
     ids = pad_sequence(rows, batch_first=True, padding_value=policy.pad_token_id)  # [B, L]
     model = policy.model.get_base_model()
@@ -1464,8 +1457,7 @@ class LinearLogProb(torch.autograd.Function):
 
     s is the family's scale, 1 in most; with a cap c, z becomes c tanh(z / c). W is frozen, so the gradient with respect
     to h, (W[target] - softmax W) s / T, is known in the forward pass: it is kept ([N, H]) and backward is one
-    multiplication. Two matrix products a token instead of the three of a checkpointed head, no filtering of small
-    probabilities, softmax in float32 on every device."""
+    multiplication: two matrix products a token, where a checkpointed head has three. The softmax is in float32."""
 
     CHUNK_BYTES = 2**28
 

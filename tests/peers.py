@@ -4,7 +4,7 @@
 
     ours      one attempt a problem, sampled and trained: the work of the peer
     ours-two  a Stage II step: both attempts
-    trl       TRL's GRPOTrainer over an Unsloth model (transformers + PEFT on a CPU), rollouts by its generate
+    trl       TRL's GRPOTrainer over the model as train.py loads it (with Unsloth on a GPU), rollouts by its generate
 
 All get the same prompts in the same order, LoRA, rollouts a step, token budget, reward, KL weight, learning rate and
 sampling, each in a process of its own, whose output is in peers-NAME.log beside --out. The first step, which compiles,

@@ -51,9 +51,8 @@ def random_conversations(
         for budget in budgets:
             completion = draw(budget)
             end = [eos[row // 2 % len(eos)]] if row % 2 else []
-            reward = rng.choice([0.0, 0.25, 0.5, 1.0])
-            log_probs = [-1.0] * len(completion + end)
-            turns.append(train.Turn(prompt, completion + end, reward=reward, truncated=not end, log_probs=log_probs))
+            more = {"reward": rng.choice([0.0, 0.25, 0.5, 1.0]), "log_probs": [-1.0] * len(completion + end)}
+            turns.append(train.Turn(prompt, completion + end, truncated=not end, **more))
             prompt = [*prompt, *completion, 9, 8, 7]
         conversations.append(turns)
     return conversations
@@ -471,8 +470,7 @@ def test_gradient_checkpointing_changes_nothing(scene, make_policy, monkeypatch,
 
     before_each_forward(monkeypatch, full)
     mine, _ = step_gradient(policy, scene.conversations, 2, config.train)
-    assert layer.gradient_checkpointing == (checkpointing is not False)
-    assert (policy.micro_tokens < longest) == (checkpointing is False)
+    assert layer.gradient_checkpointing != (policy.micro_tokens < longest) == (checkpointing is False)
     says = [line.rpartition("starts over with ")[2][:12] for line in capsys.readouterr().out.splitlines()[1:]]
     assert says == {True: [], False: ["micro-batche"] * 3, "auto": ["gradient che"]}[checkpointing]
     assert_objective(mine, scene.exact.terms(2, keys_of()))
