@@ -44,7 +44,7 @@ def find_failures(train: Any, policy: Any, examples: list, config: Any, enough: 
     failures, size = [], config.eval.batch_size
     for start in range(0, len(examples), size):
         batch = examples[start : start + size]
-        turns = train.take_turns(policy, [example.prompt for example in batch], batch, config, 0.0, "greedy", [])
+        turns = train.take_turns(policy, batch, config, 0.0, "greedy", [])
         failures += [example for example, turn in zip(batch, turns, strict=True) if not turn.correct]
         print(f"{len(failures)} failures in {start + len(batch)} problems", flush=True)
         if len(failures) >= enough:

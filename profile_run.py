@@ -600,9 +600,9 @@ def vote(train: Any, policy: Any, examples: list[Any], config: Any, most: int) -
     each = max(1, config.eval.batch_size // most)  # problems at once
     for start in range(0, len(examples), each):
         rows = [example for example in examples[start : start + each] for _ in range(most)]
-        seed, prompts = f"{config.train.seed}/vote/{start}", [example.prompt for example in rows]
+        seed = f"{config.train.seed}/vote/{start}"
         pairs = train.roll_out(policy, rows, config, temperature, seed)
-        more = train.take_turns(policy, prompts, rows, config, temperature, f"{seed}/more", [])
+        more = train.take_turns(policy, rows, config, temperature, f"{seed}/more", [])
         for row in range(0, len(rows), most):
             for k in sizes:
                 firsts = [first for first, _ in pairs[row : row + k]] + more[row : row + k]

@@ -748,6 +748,7 @@ def stage_batches(stage: int, examples: int, config: Config) -> list[list[int]]:
 
 # ------------------------------------------------------------------------------------------------------------ model
 ENOUGH_TOKENS = 8192  # a micro-batch of as many keeps a card busy: more would take memory, and no less time
+ROPE_BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings that change with the length of the row
 LOSS_SCALE = 2.0**16  # of float16, at first and at most: a gradient of 1e-9, times this, is not rounded to 0
 
 
@@ -766,7 +767,7 @@ class Policy:
     micro_tokens: int  # tokens of a micro-batch of the update, pads included; an out-of-memory halves it
     logit_scale: float = 1.0  # the constant by which the family multiplies the head's output
     loss_scale: float = 1.0  # float16: a power of two above 1 by which the loss is multiplied, see `train_step`
-    recompute: Callable[[], Any] | None = None  # switches gradient checkpointing on, where `auto` has left it off
+    recompute: Callable[[], Any] | None = None  # `for_training` with gradient checkpointing, while `auto` is without
     sampler: Any = None
 
     @property
@@ -779,82 +780,89 @@ def reference(policy: Policy) -> Any:
     return policy.model.disable_adapter()
 
 
-def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None, use_unsloth: bool | None = None) -> Policy:
-    """Loads base model and LoRA adapter: with Unsloth where it serves, else with transformers + PEFT.
-
-    Both paths give the same model: base weights in `number_format`, the same LoRA settings, float32 LoRA weights.
-    `adapter` holds LoRA weights to start from. Raises UserError for a model or an adapter that does not fit."""
+def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None) -> Policy:
+    """The policy with its sampler; `adapter` holds LoRA weights to start from. Raises UserError if these do not fit."""
     bridge, think_prefix = attempt2_bridge(tokenizer, config)
-    name, train, checkpointing = config.model.name, config.train, config.model.gradient_checkpointing
-    check_length(config)
-    use_unsloth = unsloth_serves(config) if use_unsloth is None else use_unsloth
-    model, for_generation, for_training = load_model(config, use_unsloth)
-    if max(bridge, default=0) >= model.get_input_embeddings().weight.shape[0]:
+    model, for_generation, for_training = load_model(config)
+    name, train, embedding = config.model.name, config.train, model.get_input_embeddings().weight
+    if max(bridge, default=0) >= len(embedding):
         raise UserError(f"model.name: the tokenizer of {name} has tokens that its model lacks: it is another model's")
-    # A model's own generation_config (top_k, top_p, repetition penalty) would sample from another policy than the one
-    # whose log-probs are trained. Only its token ids are kept.
-    eos = eos_ids(model, tokenizer, name)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
-    model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=pad)
-    model.peft_config["default"].base_model_name_or_path = name
-    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
-        parameter.data = parameter.data.float()
     if adapter:
         load_adapter(model, adapter)
     if DEVICE.type == "cpu" and model.num_parameters() < 2**24:
         torch.set_num_threads(1)  # matrices this small keep threads waiting for one another
+    # A model's own generation_config (top_k, top_p, repetition penalty) would sample from another policy than the one
+    # whose log-probs are trained. Only its token ids are kept.
+    eos = eos_ids(model, tokenizer)
+    pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=pad)
     longest = train.max_prompt_length_attempt2 + train.max_new_tokens_attempt2
-    to_training = partial(for_training, checkpointing is not False)
-    micro_tokens = train.micro_batch_size * longest
-    policy = Policy(model, tokenizer, eos, pad, bridge, think_prefix, for_generation, to_training, micro_tokens)
-    policy.loss_scale = LOSS_SCALE if model.get_input_embeddings().weight.dtype == torch.float16 else 1.0
+    switches = for_generation, partial(for_training, config.model.gradient_checkpointing is True)
+    policy = Policy(model, tokenizer, eos, pad, bridge, think_prefix, *switches, train.micro_batch_size * longest)
+    if config.model.gradient_checkpointing == "auto":  # it costs time, so it waits for an out-of-memory
+        policy.recompute = partial(for_training, True)
+        policy.micro_tokens = min(policy.micro_tokens, max(longest, ENOUGH_TOKENS))
+    policy.loss_scale = LOSS_SCALE if embedding.dtype == torch.float16 else 1.0
     policy.for_training()
     find_logit_scale(policy)
     policy.sampler = make_sampler(policy, config.model.fast_inference, name)
-    if checkpointing == "auto":
-        keep_activations_if_they_fit(policy, partial(for_training, False), longest)
     return policy
 
 
-def text_config(config: Config) -> Any:
-    """The model's config or, of a multimodal one, that of its text part. Raises UserError."""
+def load_model(config: Config) -> tuple[Any, Callable, Callable]:
+    """The PEFT model, the switch to generation, and the one to training, which is told about gradient checkpointing:
+    Unsloth's where it serves, else those of transformers + PEFT. Both give base weights in `number_format`, the same
+    LoRA settings and float32 LoRA weights. Raises UserError."""
     name = config.model.name
+    if config.model.load_in_4bit and DEVICE.type == "cpu":
+        raise UserError("model.load_in_4bit: needs a GPU; set it to false on a CPU")
+    torch.manual_seed(config.train.seed)  # LoRA's A matrices
     try:
-        found = transformers.AutoConfig.from_pretrained(name, trust_remote_code=config.model.trust_remote_code)
-    except Exception as error:  # an odd config.json raises what it likes
+        text = text_config(config)
+        check_length(text, config)
+        model, *switches = load_with_unsloth(config) if unsloth_serves(text) else load_with_transformers(config, text)
+    except torch.OutOfMemoryError:
+        raise UserError(f"model.name: {name} does not fit in GPU memory; set model.load_in_4bit: true") from None
+    except UserError:
+        raise
+    except Exception as error:  # a model's files and code raise what they like
         raise UserError(f"model.name: {name} cannot be loaded: {first_line(error)}") from None
-    text = found.get_text_config()
-    if text is not found:
-        text.multimodal_parent = found.model_type
-        for name in reports.SHARED_SETTINGS:
-            if hasattr(found, name):
-                setattr(text, name, getattr(found, name))
+    model.peft_config["default"].base_model_name_or_path = name
+    for weight in filter(lambda weight: weight.requires_grad, model.parameters()):
+        weight.data = weight.data.float()
+    return model, *switches
+
+
+def text_config(config: Config) -> Any:
+    """The model's own config or, of a multimodal one, that of its text part."""
+    wanted = config.model
+    whole = transformers.AutoConfig.from_pretrained(wanted.name, trust_remote_code=wanted.trust_remote_code)
+    text = whole.get_text_config()
+    if text is not whole:
+        shared = {name: getattr(whole, name) for name in reports.SHARED_SETTINGS if hasattr(whole, name)}
+        text.update(shared | {"multimodal_parent": whole.model_type})
     return text
 
 
-def unsloth_serves(config: Config) -> bool:
-    """Whether Unsloth runs here and has code of its own for the model. For others it compiles transformers' code, some
-    of which can then not be captured as a graph: .github/RESULTS.md."""
-    text = text_config(config)
-    written = text.model_type in ("llama", "mistral", "qwen2", "qwen3") and not hasattr(text, "multimodal_parent")
-    return DEVICE.type != "cpu" and written and not getattr(text, "sliding_window", None)
-
-
-def check_length(config: Config) -> None:
-    """A conversation must fit in the model's positions. Raises UserError.
-
-    Past the length that some rotary embeddings start from (dynamic, longrope), a token's place depends on how long its
-    row is: a token would be sampled with other log-probs than the whole row has."""
-    found, longest = text_config(config), config.train.max_prompt_length_attempt2 + config.train.max_new_tokens_attempt2
-    rope, limit = getattr(found, "rope_parameters", None) or {}, getattr(found, "max_position_embeddings", None)
-    for part in (rope, *(part for part in rope.values() if isinstance(part, dict))):  # one, or one a kind of layer
-        if part.get("rope_type") in ("dynamic", "longrope"):
-            start = part.get("original_max_position_embeddings")
-            start = start or getattr(found, "original_max_position_embeddings", None)
-            limit = min(filter(None, (start, limit)), default=None)
-    if limit and longest > limit:
+def check_length(text: Any, config: Config) -> None:
+    """A conversation must fit in the model's positions, and in those that some rotary embeddings start from: past them
+    a token's place, and so its log-prob, depends on how long its row is. Raises UserError."""
+    rope, limits = getattr(text, "rope_parameters", None) or {}, [getattr(text, "max_position_embeddings", None)]
+    for part in (rope, *rope.values()):  # one, or one a kind of layer
+        if isinstance(part, dict) and part.get("rope_type") in ROPE_BY_LENGTH:
+            limits.append(part.get("original_max_position_embeddings"))
+    longest = config.train.max_prompt_length_attempt2 + config.train.max_new_tokens_attempt2
+    limit = min(filter(None, limits), default=longest)
+    if longest > limit:
         what = f"a conversation can take {longest} tokens, and {config.model.name} is exact up to {limit}"
         raise UserError(f"train.max_new_tokens_attempt1: {what}; lower the budgets")
+
+
+def unsloth_serves(text: Any) -> bool:
+    """Whether Unsloth runs here and has code of its own for the model. For others it compiles transformers' code, some
+    of which can then not be captured as a graph: .github/RESULTS.md."""
+    written = text.model_type in ("llama", "mistral", "qwen2", "qwen3") and not hasattr(text, "multimodal_parent")
+    return DEVICE.type != "cpu" and written and not getattr(text, "sliding_window", None)
 
 
 def number_format(config: Config) -> torch.dtype:
@@ -864,86 +872,86 @@ def number_format(config: Config) -> torch.dtype:
     return getattr(torch, auto if config.model.dtype == "auto" else config.model.dtype)
 
 
-def load_model(config: Config, use_unsloth: bool) -> tuple[Any, Callable, Callable]:
-    """The PEFT model, the switch to generation, and the one to training, which is told about gradient checkpointing.
-
-    Raises UserError."""
-    dtype, wanted = number_format(config), config.model
-    if wanted.load_in_4bit and DEVICE.type == "cpu":
-        raise UserError("model.load_in_4bit: needs a GPU; set it to false on a CPU")
-    torch.manual_seed(config.train.seed)  # LoRA's A matrices
-    try:
-        return (load_with_unsloth if use_unsloth else load_with_transformers)(config, dtype)
-    except torch.OutOfMemoryError:
-        raise UserError(f"model.name: {wanted.name} does not fit in GPU memory; set model.load_in_4bit: true") from None
-    except UserError:
-        raise
-    except Exception as error:  # as with config.json
-        raise UserError(f"model.name: {wanted.name} cannot be loaded: {first_line(error)}") from None
-
-
-def load_with_unsloth(config: Config, dtype: torch.dtype) -> tuple[Any, Callable, Callable]:
+def load_with_unsloth(config: Config) -> tuple[Any, Callable, Callable]:
     from unsloth import FastLanguageModel
 
     wanted, checkpointing = config.model, config.model.gradient_checkpointing is not False
-    how = {"load_in_4bit": wanted.load_in_4bit, "trust_remote_code": wanted.trust_remote_code, "dtype": dtype}
+    how = {"load_in_4bit": wanted.load_in_4bit, "trust_remote_code": wanted.trust_remote_code}
     how |= {"max_seq_length": wanted.max_seq_length, "use_exact_model_name": True, "text_only": True}
     with redirect_stdout(io.StringIO()):  # banners
-        base, _ = FastLanguageModel.from_pretrained(wanted.name, **how)
+        base, _ = FastLanguageModel.from_pretrained(wanted.name, dtype=number_format(config), **how)
+        make_deterministic(base)
         how = {"use_gradient_checkpointing": checkpointing, "random_state": config.train.seed}
         model = FastLanguageModel.get_peft_model(base, bias="none", **lora_settings(base, config), **how)
-    for_training = partial(FastLanguageModel.for_training, model)
-    return model, partial(FastLanguageModel.for_inference, model), for_training
+    return model, partial(FastLanguageModel.for_inference, model), partial(FastLanguageModel.for_training, model)
 
 
-def load_with_transformers(config: Config, dtype: torch.dtype) -> tuple[Any, Callable, Callable]:
+def load_with_transformers(config: Config, text: Any) -> tuple[Any, Callable, Callable]:
     """The same without Unsloth. Raises UserError or ValueError for what it would load wrongly."""
-    how = {"dtype": dtype} | ({"device_map": {"": DEVICE}} if DEVICE.type != "cpu" else {})
-    if config.model.load_in_4bit:
-        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-        how["quantization_config"] = transformers.BitsAndBytesConfig(**nf4)
-    base = load_base(config, **how)
+    numbers, place = number_format(config), {"": DEVICE} if DEVICE.type != "cpu" else None
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": numbers}
+    bits = transformers.BitsAndBytesConfig(**nf4) if config.model.load_in_4bit else None
+    base = load_base(config, text, dtype=numbers, device_map=place, quantization_config=bits)
+    make_deterministic(base)
     model = get_peft_model(base, PeftLoraConfig(**lora_settings(base, config), task_type="CAUSAL_LM"))
 
-    def for_training(use_gradient_checkpointing: bool) -> None:
+    def for_training(checkpointing: bool) -> None:
         model.train()
-        if use_gradient_checkpointing:
+        base.gradient_checkpointing_disable()
+        if checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            base.gradient_checkpointing_disable()
 
     return model, model.eval, for_training
 
 
-def load_base(config: Config, **how: Any) -> Any:
+def load_base(config: Config, text: Any, **how: Any) -> Any:
     """The model without an adapter; of a multimodal one its text part. Raises ValueError for random weights."""
-    how |= {"trust_remote_code": config.model.trust_remote_code, "config": text_config(config)}
-    how |= {"key_mapping": reports.TEXT_KEYS, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    how |= {"trust_remote_code": config.model.trust_remote_code, "config": text, "key_mapping": reports.TEXT_KEYS}
+    how |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     base, found = transformers.AutoModelForCausalLM.from_pretrained(config.model.name, **how)
     if odd := sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]):
         raise ValueError(f"its weights do not fit its config.json: {odd[0]} is missing or has another shape")
     return base
 
 
+def make_deterministic(base: Any) -> None:
+    """Switches off what makes a token's log-prob depend on more than the tokens before it: dropout and noise, and the
+    look at the row's length of rotary embeddings, which `check_length` keeps where they do not change. Raises
+    ValueError for a router whose noise stays."""
+    for module in base.modules():
+        if hasattr(module, "router_jitter_noise"):  # PhiMoE's, which is also a constant of its evaluation
+            raise ValueError("it draws its experts at random in training")
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or "jitter_noise" in name):
+                setattr(module, name, 0.0)
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, dict):  # one for each kind of layer
+            module.rope_type = {layers: "default" if k in ROPE_BY_LENGTH else k for layers, k in kind.items()}
+        elif kind in ROPE_BY_LENGTH:
+            module.rope_type = "default"
+
+
 def lora_settings(base: Any, config: Config) -> dict[str, Any]:
     """PEFT's settings for this model. Raises UserError that lists the targets it lacks, and all that it has."""
-    make_deterministic(base)
-    lora, name, head = config.model.lora, config.model.name, base.get_output_embeddings()
-    linear = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
-    layers = [f".{path}" for path, layer in base.named_modules() if isinstance(layer, linear) and layer is not head]
-    # Three kinds cannot have an adapter: a router; a shared expert, of which PEFT makes adapters of all experts, which
-    # cannot be loaded again; Mamba's out_proj, whose weight a fused kernel reads past its adapter.
-    sparse = (path for path, m in base.named_modules() if hasattr(m, "experts") and not hasattr(m, "self_attn"))
-    experts = tuple(f".{path}." for path in sparse)
-    mamba = {f".{path}.out_proj" for path, m in base.named_modules() if hasattr(m, "A_log") and hasattr(m, "in_proj")}
-    cannot = {path for path in layers if ".router." in path or path in mamba or experts and path.startswith(experts)}
-    every, cannot = ({path.rpartition(".")[2] for path in paths} for paths in (layers, cannot))
-    every = sorted(every - cannot)
+    lora, head, layers, barred = config.model.lora, base.get_output_embeddings(), {}, []
+    for path, part in base.named_modules():
+        if isinstance(part, torch.nn.Linear | transformers.pytorch_utils.Conv1D) and part is not head:
+            layers[path] = path.rpartition(".")[2]
+        # Three kinds cannot have an adapter: a router; a shared expert, of which PEFT makes adapters of all experts,
+        # which cannot be loaded again; Mamba's out_proj, whose weight a fused kernel reads past its adapter.
+        if path.endswith(".router") or (hasattr(part, "experts") and not hasattr(part, "self_attn")):
+            barred.append(f"{path}.")
+        if hasattr(part, "A_log") and hasattr(part, "in_proj"):
+            barred.append(f"{path}.out_proj")
+    cannot = {name for path, name in layers.items() if path.startswith(tuple(barred))}
+    every = sorted(set(layers.values()) - cannot)
     targets = every if "all-linear" in lora.target_modules else list(dict.fromkeys(lora.target_modules))
-    there = [path for path in layers if path.rpartition(".")[2] in every]
+    there = [f".{path}" for path, name in layers.items() if name in every]
     missing = [target for target in targets if not any(path.endswith(f".{target}") for path in there)]
     if missing or not targets:
-        has = f"{name} has no {', '.join(missing)} that LoRA can train; it has {', '.join(every)}"
+        has = f"{config.model.name} has no {', '.join(missing)} that LoRA can train; it has {', '.join(every)}"
         raise UserError(f"model.lora.target_modules: {has}; all-linear stands for all of these")
     if cannot:
         log(f"LoRA leaves out {', '.join(sorted(cannot))}: a router, shared experts, or what a fused kernel reads.")
@@ -952,30 +960,10 @@ def lora_settings(base: Any, config: Config) -> dict[str, Any]:
     return {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": targets}
 
 
-def make_deterministic(base: Any) -> None:
-    """Switches off what makes a token's log-prob depend on more than the tokens before it: a model's own dropout and
-    noise, which would train another policy than was sampled, and rotary embeddings that look at the row's length, which
-    `check_length` keeps where they do not change. Raises ValueError for a router whose noise stays."""
-    for module in base.modules():
-        if hasattr(module, "router_jitter_noise"):  # PhiMoE's, which is also a constant of its evaluation
-            raise ValueError("it draws its experts at random in training")
-        for name, value in vars(module).items():
-            noise = "dropout" in name or name in ("jitter_noise", "input_jitter_noise")
-            if isinstance(value, float) and (noise or (name == "p" and isinstance(module, torch.nn.Dropout))):
-                setattr(module, name, 0.0)
-        kind, by_length = getattr(module, "rope_type", None), ("dynamic", "longrope")
-        if isinstance(kind, dict):  # one for each kind of layer
-            module.rope_type = {layers: "default" if k in by_length else k for layers, k in kind.items()}
-        elif kind in by_length:
-            module.rope_type = "default"
-
-
-def eos_ids(model: Any, tokenizer: Any, name: str) -> list[int]:
+def eos_ids(model: Any, tokenizer: Any) -> list[int]:
     """Every token that ends an answer: those of the generation config, of the model config and of the tokenizer."""
     named = [getattr(part, "eos_token_id", None) for part in (model.generation_config, model.config, tokenizer)]
-    with suppress(Exception):  # no generation_config.json
-        named.insert(0, transformers.GenerationConfig.from_pretrained(name).eos_token_id)
-    ids = [i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
+    ids = [i for given in named for i in (given if isinstance(given, list) else [given]) if i is not None]
     if not ids:
         raise UserError("model.name: neither the model nor its tokenizer names an EOS token")
     return list(dict.fromkeys(ids))
@@ -985,10 +973,9 @@ def load_adapter(model: Any, folder: Path) -> None:
     """Copies saved LoRA weights into `model`. Raises UserError when they do not fit, or the file is damaged."""
     saved = read_weights(folder / "adapter_model.safetensors")
     ours = get_peft_model_state_dict(model, save_embedding_layers=False)
-    theirs, wanted = ({name: tuple(w.shape) for name, w in weights.items()} for weights in (saved, ours))
-    if theirs != wanted:
-        odd = sorted(set(theirs.items()) ^ set(wanted.items()))[0]
-        raise UserError(f"--resume-adapter {folder}: is of another base model: {odd[0]} {odd[1]} does not match")
+    theirs, wanted = ({f"{name} {tuple(w.shape)}" for name, w in weights.items()} for weights in (saved, ours))
+    if odd := sorted(theirs ^ wanted):
+        raise UserError(f"--resume-adapter {folder}: is of another base model: {odd[0]} does not match")
     set_peft_model_state_dict(model, saved)
 
 
@@ -1004,53 +991,25 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
 
 
 def find_logit_scale(policy: Policy) -> None:
-    """Sets the constant by which the family scales its logits after the head, and refuses what is not understood.
-
-    Each constant of its config (some families multiply by it, others divide) is tried on one short row, against the
-    model's own logits. Raises UserError."""
-    config, row = policy.model.config, [i % len(policy.tokenizer) for i in range(5, 17)]
+    """Sets the constant by which the family scales its logits after the head: of those in its config (some families
+    multiply by one, others divide) the one that gives the model's own log-probs on a short row. Raises UserError."""
+    config, row, off = policy.model.config, [i % len(policy.tokenizer) for i in range(5, 17)], {}
     named = [getattr(config, name, None) for name in ("logits_scaling", "logit_scale", "lm_head_multiplier")]
     with torch.no_grad(), reference(policy):  # the adapter's dropout would differ between the two
         with autocast(policy):
             logits = policy.model(input_ids=torch.tensor([row], device=DEVICE)).logits[0, :-1]
-        own = logits.float().log_softmax(-1).gather(-1, torch.tensor(row[1:], device=DEVICE)[:, None])
-        if not own.isfinite().all():
-            what = f"the logits of {config.model_type} are not finite in {logits.dtype}; set another"
-            raise UserError(f"model.dtype: {what}")
-
-        def off(scale: float) -> float:
+        own = logits.float().log_softmax(-1).gather(-1, torch.tensor(row[1:], device=DEVICE)[:, None])[:, 0]
+        for scale in [1.0, *(power for x in named if isinstance(x, int | float) and x for power in (x, 1 / x))]:
             policy.logit_scale = scale
-            return (completion_log_probs(policy, [[Turn(row[:1], row[1:])]], 1.0) - own[:, 0]).abs().max().item()
-
-        policy.logit_scale = min(
-            [1.0, *(power for x in named if isinstance(x, int | float) and x for power in (x, 1 / x))], key=off
-        )
-        exact = policy.model.get_input_embeddings().weight.dtype == torch.float32
-        if not off(policy.logit_scale) < (1e-3 if exact else 0.1):
-            why = "changes its logits after the head in an unknown way, or is random in training"
-            raise UserError(f"model.name: {config.model_type} {why}: unsupported")
-
-
-def keep_activations_if_they_fit(policy: Policy, without: Callable, longest: int) -> None:
-    """Gradient checkpointing `auto`: computing activations twice costs time, so it is off where half of the free memory
-    holds those of a micro-batch of ENOUGH_TOKENS (and of one row of `longest`).
-
-    What a token's activations take is measured on one row. `train_step` switches it on again rather than give up."""
-    recompute, policy.for_training = policy.for_training, without
-    policy.for_training()
-    if DEVICE.type != "cuda":
-        return
-    row = [i % len(policy.tokenizer) for i in range(min(1024, longest))]
-    before = torch.cuda.memory_allocated()
-    kept = completion_log_probs(policy, [[Turn(row[:1], row[1:])]], 1.0)
-    a_token = (torch.cuda.memory_allocated() - before) / len(row)
-    del kept
-    fits = int((torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - before) / 2 / a_token)
-    if fits < max(longest, min(ENOUGH_TOKENS, policy.micro_tokens)):
-        policy.for_training = recompute
-        recompute()
-    else:
-        policy.recompute, policy.micro_tokens = recompute, min(policy.micro_tokens, max(longest, ENOUGH_TOKENS))
+            ours = completion_log_probs(policy, [[Turn(row[:1], row[1:])]], 1.0)
+            off[scale] = (ours - own).abs().max().item()
+    if not own.isfinite().all():
+        raise UserError(f"model.dtype: the logits of {config.model_type} are not finite in {logits.dtype}; set another")
+    policy.logit_scale = min(off, key=off.get)
+    exact = policy.model.get_input_embeddings().weight.dtype == torch.float32
+    if not off[policy.logit_scale] < (1e-3 if exact else 0.1):
+        why = "changes its logits after the head in an unknown way, or is random in training"
+        raise UserError(f"model.name: {config.model_type} {why}: unsupported")
 
 
 @contextmanager
@@ -1079,10 +1038,9 @@ SILENT_STEPS = 3  # in a row, until a line says that nothing is learned
 def train_stage(
     policy: Policy, examples: list[Example], stage: int, run: Run, done: int, steps: dict[int, int], validate: Callable
 ) -> None:
-    """One stage from its step `done` on: roll out, update, write down. The stages differ in `stage_returns` alone.
-
-    Calls `validate(stage, step)` after each checkpoint. Raises Interrupted after saving one, and RunError when
-    MAX_SKIPPED_STEPS steps in a row had a loss or gradient that is not finite."""
+    """One stage from its step `done` on: rolls out, updates, writes down, and calls `validate(stage, step)` after each
+    checkpoint. The stages differ in `stage_returns` alone. Raises Interrupted after saving a checkpoint, and RunError
+    when MAX_SKIPPED_STEPS steps in a row had a loss or gradient that is not finite."""
     config, train = run.config, run.config.train
     batches = stage_batches(stage, len(examples), config)
     optimizer = AdamW(policy.trainable.values(), lr=train.learning_rate, weight_decay=0.0)
@@ -1090,8 +1048,7 @@ def train_stage(
         load_optimizer(policy, optimizer, run.checkpoint / OPTIMIZER)
     skipped = silent = 0
     for step in progress(range(done + 1, len(batches) + 1), f"Stage {'I' * stage}"):
-        problems = [examples[i] for i in batches[step - 1]]
-        rate = learning_rate(step, len(batches), train)
+        problems, rate = [examples[i] for i in batches[step - 1]], learning_rate(step, len(batches), train)
         figures, conversations = training_step(policy, optimizer, problems, stage, step, rate, config)
         event = {"event": "train", "stage": stage, "step": step, "global_step": steps[1] * (stage - 1) + step}
         run.log_step(event | figures, problems, conversations, len(batches))
@@ -1121,9 +1078,8 @@ def learning_rate(step: int, steps: int, train: TrainConfig) -> float:
 def training_step(
     policy: Policy, optimizer: Optimizer, problems: list[Example], stage: int, step: int, rate: float, config: Config
 ) -> tuple[dict[str, Any], Conversations]:
-    """One step: roll out a batch of problems, update on those with something to learn from.
-
-    Returns what metrics.jsonl says of it and all conversations."""
+    """One step: rolls out a batch of problems and updates on those with something to learn from. Returns what
+    metrics.jsonl says of it and all conversations."""
     train, seed = config.train, f"{config.train.seed}/stage{stage}/{step}"
     corrections = train.stage1_corrections if stage == 1 else 1
     rows = [problem for problem in problems for _ in range(train.num_generations // corrections)]
@@ -1134,15 +1090,14 @@ def training_step(
     torch.manual_seed(random.Random(seed).getrandbits(31))  # LoRA dropout, and whatever else draws
     start = time.perf_counter()
     conversations = roll_out(policy, rows, config, train.generation_temperature, seed, corrections)
-    seconds_rollout = time.perf_counter() - start
+    sampled = time.perf_counter()
     chosen, without_signal = dynamic_sampling(conversations, stage, train)
-    update = train_step(policy, optimizer, chosen, stage, train)
-    figures = reports.attempt_means(conversations, config) | update
-    figures |= {"reward_gap": figures["reward_attempt2"] - figures["reward_attempt1"], "without_signal": without_signal}
-    figures |= {"seconds_rollout": seconds_rollout, "seconds_update": time.perf_counter() - start - seconds_rollout}
-    sampled = sum({id(turn): len(turn.completion) for c in conversations for turn in c}.values())  # a shared one once
-    peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None
-    figures |= {"learning_rate": rate, "tokens_per_second": sampled / seconds_rollout, "peak_memory_gb": peak}
+    figures = reports.attempt_means(conversations, config) | train_step(policy, optimizer, chosen, stage, train)
+    figures |= {"seconds_rollout": sampled - start, "seconds_update": time.perf_counter() - sampled}
+    tokens = sum({id(turn): len(turn.completion) for c in conversations for turn in c}.values())  # a shared one once
+    figures |= {"tokens_per_second": tokens / figures["seconds_rollout"], "without_signal": without_signal}
+    figures |= {"reward_gap": figures["reward_attempt2"] - figures["reward_attempt1"], "learning_rate": rate}
+    figures["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None
     return figures, conversations
 
 
@@ -1161,43 +1116,44 @@ class Turn:
     truncated: bool = False  # the budget ended it, not EOS
     log_probs: list[float] = field(default_factory=list)  # the sampler's, of each token under softmax(logits / T)
 
+    @property
+    def written(self) -> list[int]:
+        """The completion without its EOS."""
+        return self.completion if self.truncated else self.completion[:-1]
+
 
 def roll_out(
     policy: Policy, examples: list[Example], config: Config, temperature: float, seed: str, corrections: int = 1
 ) -> Conversations:
-    """Samples both attempts at every example and grades them; returns the conversations. Raises RewardError.
-
-    Attempt 2's prompt holds attempt 1 verbatim, reasoning included. With `corrections` m each first attempt stands in
-    m conversations in a row and is corrected in each anew."""
+    """Samples and grades both attempts at every example. With `corrections` m each first attempt stands in m
+    conversations in a row and is corrected in each anew. Raises RewardError."""
     with policy.sampler.conversation():
-        turns = take_turns(policy, [e.prompt for e in examples], examples, config, temperature, f"{seed}/1", [])
-        conversations = [[turn] for turn in turns for _ in range(corrections)]
+        firsts = take_turns(policy, examples, config, temperature, f"{seed}/1", [])
+        opened = [[first] for first in firsts for _ in range(corrections)]
         examples = [example for example in examples for _ in range(corrections)]
-        prompts = [[*c[0].prompt, *without_eos(c[0].completion, policy), *policy.bridge] for c in conversations]
-        turns = take_turns(policy, prompts, examples, config, temperature, f"{seed}/2", conversations)
-    return [[*before, turn] for before, turn in zip(conversations, turns, strict=True)]
+        seconds = take_turns(policy, examples, config, temperature, f"{seed}/2", opened)
+    return [[*before, second] for before, second in zip(opened, seconds, strict=True)]
 
 
 def take_turns(
-    policy: Policy, prompts: list[list[int]], examples: list[Example], config: Config, temperature: float, seed: str,
-    earlier: Conversations,
-) -> list[Turn]:  # fmt: skip
-    """Samples and grades one attempt at every example, after the turns of `earlier`. Raises RewardError."""
-    budget = config.train.max_new_tokens_attempt2 if earlier else config.train.max_new_tokens_attempt1
-    share = config.model.fast_inference_gpu_mem
-    completions, log_probs = sample(policy, prompts, budget, temperature, seed, memory_share=share)
-    written = [without_eos(completion, policy) for completion in completions]
-    texts = policy.tokenizer.batch_decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    policy: Policy, examples: list[Example], config: Config, temperature: float, seed: str, earlier: Conversations
+) -> list[Turn]:
+    """Samples and grades one attempt at every example. After the turns of `earlier` its prompt holds these verbatim,
+    reasoning included. Raises RewardError."""
+    prompts, budget = [example.prompt for example in examples], config.train.max_new_tokens_attempt1
+    if earlier:
+        prompts = [[*last.prompt, *last.written, *policy.bridge] for *_, last in earlier]
+        budget = config.train.max_new_tokens_attempt2
+    made = sample(policy, prompts, budget, temperature, seed, memory_share=config.model.fast_inference_gpu_mem)
     turns = [
-        Turn(prompt, completion, policy.think_prefix + text, truncated=len(tokens) == len(completion), log_probs=logs)
-        for prompt, completion, tokens, text, logs in zip(prompts, completions, written, texts, log_probs, strict=True)
+        Turn(prompt, completion, truncated=completion[-1] not in policy.eos_token_ids, log_probs=log_probs)
+        for prompt, completion, log_probs in zip(prompts, *made, strict=True)
     ]
+    how = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    for turn, text in zip(turns, policy.tokenizer.batch_decode([turn.written for turn in turns], **how), strict=True):
+        turn.text = policy.think_prefix + text
     grade(turns, examples, config, earlier)
     return turns
-
-
-def without_eos(completion: list[int], policy: Policy) -> list[int]:
-    return completion[:-1] if completion[-1] in policy.eos_token_ids else completion
 
 
 def grade(turns: list[Turn], examples: list[Example], config: Config, earlier: Conversations) -> None:
@@ -1219,12 +1175,10 @@ def dynamic_sampling(conversations: Conversations, stage: int, train: TrainConfi
 
     Where all rollouts of a problem earn alike, every advantage is 0 and only the KL terms would pull. One problem in
     `oversample` is trained, in the order of the batch; those without signal are the first to be left out."""
-    returns, _ = stage_returns(stage, conversations, train)
-    of_problem = (-1, train.num_generations * returns.shape[1])
-    credit, size = (x.abs().view(of_problem).amax(1) for x in (advantages(returns, stage, train), returns))
+    (returns, _), n = stage_returns(stage, conversations, train), train.num_generations
+    credit, size = (x.abs().unflatten(0, (-1, n)).amax((1, 2)) for x in (advantages(returns, stage, train), returns))
     silent = credit <= 1e-9 * size  # relative: rounding leaves traces of large rewards
     kept = silent.int().argsort(stable=True)[: len(silent) // train.oversample].sort().values.tolist()
-    n = train.num_generations
     return [c for problem in kept for c in conversations[problem * n : (problem + 1) * n]], silent.float().mean().item()
 
 
@@ -1275,60 +1229,53 @@ def balanced(credit: Tensor, stage: int, train: TrainConfig) -> Tensor:
 def train_step(
     policy: Policy, optimizer: Optimizer, conversations: Conversations, stage: int, train: TrainConfig
 ) -> dict[str, Any]:
-    """One REINFORCE step. Returns loss, KL and gradient statistics; "skipped" is True, and the weights are untouched,
-    if loss or gradient is not finite. It is on-policy, so there is no importance ratio.
+    """One REINFORCE step, on-policy, so without an importance ratio. Returns loss, KL and gradient statistics;
+    "skipped": the weights are untouched, for loss, gradient or a sampled log-prob is not finite.
 
-    An out-of-memory starts the update over with half the micro-batch, an overflow of float16 with half the loss scale:
-    nothing of the step is lost. Where no scale helps, the batch is at fault, and the scale stays."""
+    An out-of-memory starts the update over in less memory, an overflow of float16 with half the loss scale: nothing
+    of the step is lost. Where no scale helps, the batch is at fault, and the scale stays."""
     returns, kappas = stage_returns(stage, conversations, train)
     credit, scale = balanced(advantages(returns, stage, train), stage, train).float(), policy.loss_scale
     while True:
         optimizer.zero_grad(set_to_none=True)
         try:
-            stats = add_gradients(policy, conversations, credit, kappas, train)
+            figures = add_gradients(policy, conversations, credit, kappas, train)
         except torch.OutOfMemoryError:
             use_less_memory(policy, max(len(c[-1].prompt) + len(c[-1].completion) for c in conversations))
             continue
-        for weight in policy.trainable.values() if policy.loss_scale != 1 else ():
-            weight.grad = None if weight.grad is None else weight.grad / policy.loss_scale
         norm = torch.nn.utils.clip_grad_norm_(policy.trainable.values(), MAX_GRAD_NORM).item()
-        loss = sum(stats["loss"])
-        if math.isfinite(norm) or not math.isfinite(loss) or policy.loss_scale <= 2:
+        if math.isfinite(norm) or not math.isfinite(figures["loss"]) or policy.loss_scale <= 2:
             break
         policy.loss_scale /= 2
         log_once("A gradient overflowed float16: the loss is scaled by half as much and the update done again.")
-    skipped = not (math.isfinite(loss) and math.isfinite(norm) and finite(conversations))
-    policy.loss_scale = scale if skipped else policy.loss_scale
-    if not skipped:
+    skipped = not math.isfinite(norm + figures["loss"] + figures["logprob_drift"])
+    if skipped:
+        policy.loss_scale = scale
+    else:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    per_token = {x: [total / n for total, n in zip(stats[x], stats["tokens"], strict=True)] for x in ("kl", "drift")}
-    update = {f"kl_attempt{number}": value for number, value in enumerate(per_token["kl"], 1)}
-    update["kl_max"] = max(stats["kl_max"], key=lambda value: math.inf if math.isnan(value) else value)
-    return update | {"loss": loss, "grad_norm": norm, "skipped": skipped, "logprob_drift": max(per_token["drift"])}
-
-
-def finite(conversations: Conversations) -> bool:
-    """Whether the sampler met no NaN or infinity, which float16 may overflow into."""
-    return all(math.isfinite(p) for conversation in conversations for turn in conversation for p in turn.log_probs)
+    return figures | {"grad_norm": norm, "skipped": skipped}
 
 
 def use_less_memory(policy: Policy, longest: int) -> None:
-    """After an out-of-memory: half the micro-batch, then gradient checkpointing. Raises RunError after both."""
-    if policy.micro_tokens >= longest:
-        policy.micro_tokens //= 2
-    elif policy.recompute:
+    """After an out-of-memory: gradient checkpointing where it is `auto`, then half the micro-batch. Raises RunError
+    where a micro-batch is one row of `longest` tokens already."""
+    if policy.recompute:
         policy.for_training, policy.recompute = policy.recompute, None
         policy.for_training()
+        how = "gradient checkpointing, as model.gradient_checkpointing: true has from the start"
+    elif policy.micro_tokens >= longest:
+        policy.micro_tokens //= 2
+        how = f"micro-batches of {policy.micro_tokens} tokens"
     else:
         raise RunError(f"one row of {longest} tokens does not fit in this card's memory; lower the token budgets")
     torch.cuda.empty_cache()
-    log(f"Out of GPU memory: the update starts over with micro-batches of {policy.micro_tokens} tokens.")
+    log(f"Out of GPU memory: the update starts over with {how}.")
 
 
 def add_gradients(
     policy: Policy, conversations: Conversations, credit: Tensor, kappas: list[float], train: TrainConfig
-) -> dict[str, list[float]]:
+) -> dict[str, float]:
     """Adds the gradient of
 
         mean over conversations of  sum over turns of  [ -A * sum_t log pi_t  +  kappa * sum_t k3_t ] / N
@@ -1337,35 +1284,36 @@ def add_gradients(
     own length (`sequence`) or the token budget (`constant`, Dr. GRPO, arXiv 2503.20783). Each micro-batch of
     conversations has one forward pass of the policy, one of the reference and one backward pass for all its turns.
 
-    Returns sums over each attempt's tokens: loss, kl, drift (of the sampler's log-probs from these), tokens; kl_max."""
-    turns, budgets = credit.shape[1], torch.tensor([train.max_new_tokens_attempt1, train.max_new_tokens_attempt2])
-    sums, peaks = torch.zeros(turns, 4, device=DEVICE), [torch.zeros(1, device=DEVICE)]
+    Returns the loss, the mean KL of each attempt's tokens, the largest of a token, and the larger of both attempts'
+    mean drift (of the sampler's log-probs from these)."""
+    (rows, turns), kl_max = credit.shape, torch.zeros((), device=DEVICE)
+    lengths = torch.tensor([[len(turn.completion) for turn in c] for c in conversations])  # [B, turns]
+    budgets = torch.tensor([train.max_new_tokens_attempt1, train.max_new_tokens_attempt2])[:turns]
+    norms = lengths if train.length_norm == "sequence" else budgets
+    weights = torch.stack([credit, torch.tensor(kappas).expand(rows, -1)]) / norms / rows  # [2, B, turns]
+    sums = torch.zeros(turns, 4, device=DEVICE)
     for batch in micro_batches(conversations, policy.micro_tokens):
-        chosen = [conversations[b] for b in batch]
+        chosen, of_turn = [conversations[b] for b in batch], lengths[batch].flatten()
         with torch.no_grad(), reference(policy):
             reference_log_probs = completion_log_probs(policy, chosen, train.generation_temperature)
         log_probs = completion_log_probs(policy, chosen, train.generation_temperature)  # [N]
-        lengths = torch.tensor([len(turn.completion) for c in chosen for turn in c])
-        norms = lengths if train.length_norm == "sequence" else budgets[:turns].repeat(len(chosen))
-        weights = torch.stack([credit[batch].flatten(), torch.tensor(kappas).repeat(len(chosen))])  # [2, turns of all]
-        weights = (weights / norms / len(conversations)).repeat_interleave(lengths, 1).to(DEVICE)
-        advantage, kappa = weights  # [N] each
+        advantage, kappa = weights[:, batch].flatten(1).repeat_interleave(of_turn, 1).to(DEVICE)  # [N] each
         kl = k3(log_probs, reference_log_probs)
         loss = kappa * kl - advantage * log_probs
         (policy.loss_scale * loss.sum()).backward()
-        sampled = torch.tensor([p for c in chosen for turn in c for p in turn.log_probs], device=DEVICE)
-        drift = (log_probs.detach() - sampled).abs() if len(sampled) else torch.zeros_like(log_probs)
-        whose = torch.arange(turns).repeat(len(chosen)).repeat_interleave(lengths).to(DEVICE)
-        parts = torch.stack([loss.detach(), kl.detach(), drift.detach(), torch.ones_like(drift)], 1)
-        sums.index_add_(0, whose, parts)
-        peaks.append(kl.detach().max()[None])
-    loss, kl, drift, tokens = sums.T.tolist()
-    return {"loss": loss, "kl": kl, "drift": drift, "tokens": tokens, "kl_max": [torch.cat(peaks).max().item()]}
+        drift = log_probs - torch.tensor([p for c in chosen for turn in c for p in turn.log_probs], device=DEVICE)
+        whose = torch.arange(turns).repeat(len(batch)).repeat_interleave(of_turn).to(DEVICE)
+        sums.index_add_(0, whose, torch.stack([loss, kl, drift.abs(), torch.ones_like(kl)], 1).detach())
+        kl_max = torch.maximum(kl_max, kl.detach().max())
+    for weight in filter(lambda weight: weight.grad is not None, policy.trainable.values()):
+        weight.grad /= policy.loss_scale
+    loss, kl, drift, tokens = sums.cpu().double().T  # [turns] each
+    figures = {"loss": loss.sum().item(), "kl_max": kl_max.item(), "logprob_drift": (drift / tokens).max().item()}
+    return figures | {f"kl_attempt{number}": value for number, value in enumerate((kl / tokens).tolist(), 1)}
 
 
 def micro_batches(conversations: Conversations, max_tokens: int) -> list[list[int]]:
-    """Conversations by index, longest first, in groups of at most `max_tokens` tokens, pads counted
-    (and at least one conversation)."""
+    """Conversations by index, longest first, in groups of one, or of more with at most `max_tokens` tokens and pads."""
     lengths, batches = [len(c[-1].prompt) + len(c[-1].completion) for c in conversations], []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
@@ -1375,26 +1323,21 @@ def micro_batches(conversations: Conversations, max_tokens: int) -> list[list[in
 
 
 def completion_log_probs(policy: Policy, conversations: Conversations, temperature: float) -> Tensor:
-    """log pi(token | all before it) of every completion token under softmax(logits / temperature).
+    """log pi(token | all before it) of every completion token, EOS included, under softmax(logits / temperature):
+    float32 [N], conversation by conversation, turn by turn.
 
-    Returns float32 [N], conversation by conversation, turn by turn, N = the sum of the completions' lengths. The first
-    token after a prompt and a final EOS are among them, prompts are not. The last turn's row begins with the earlier
-    turns, so one forward pass serves all. Targets are the sampled tokens, whatever the row goes on with: what ended
-    attempt 1 need not be what stands there in attempt 2's prompt.
-
-    Rows go in right-padded: causal attention never looks ahead, so no pad is seen and no mask is needed. (Unsloth drops
-    masks in training mode: a left-padded row would be silently wrong.)"""
+    The last turn's row begins with the earlier turns, so one forward pass serves all. Targets are the sampled tokens:
+    what ended attempt 1 need not be what stands there in attempt 2's prompt. Rows go in right-padded: causal attention
+    never looks ahead, so no pad is seen and no mask is needed. (Unsloth drops masks in training mode: a left-padded row
+    would be silently wrong.)"""
     rows = [torch.tensor(c[-1].prompt + c[-1].completion) for c in conversations]
     ids = pad_sequence(rows, batch_first=True, padding_value=policy.pad_token_id)  # [B, L]
     model = policy.model.get_base_model()
     with autocast(policy):
         hidden = getattr(model, model.base_model_prefix)(input_ids=ids.to(DEVICE), use_cache=False)[0]  # [B, L, H]
-    where, targets = [], []
-    for b, conversation in enumerate(conversations):
-        for turn in conversation:
-            before = b * ids.shape[1] + len(turn.prompt) - 1
-            where += range(before, before + len(turn.completion))
-            targets += turn.completion
+    turns = [(b * ids.shape[1] + len(t.prompt) - 1, t.completion) for b, c in enumerate(conversations) for t in c]
+    where = [start + i for start, completion in turns for i in range(len(completion))]  # a token's is the one before it
+    targets = [token for _, completion in turns for token in completion]
     head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
     hidden = hidden.flatten(0, 1)[torch.tensor(where, device=DEVICE)].to(head.weight.dtype)  # [N, H]
     how = policy.logit_scale, cap, temperature
@@ -1413,16 +1356,13 @@ class LinearLogProb(torch.autograd.Function):
 
     s is the family's scale, 1 in most; with a cap c, z becomes c tanh(z / c). W is frozen, so the gradient with respect
     to h, (W[target] - softmax W) s / T, is known in the forward pass: it is kept ([N, H]) and backward is one
-    multiplication. Two matrix products a token instead of the three of a checkpointed head, no filtering of small
-    probabilities, softmax in float32 on every device."""
+    multiplication: two matrix products a token, where a checkpointed head has three. The softmax is in float32."""
 
     CHUNK_BYTES = 2**28
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float,
-        cap: float | None, temperature: float,
-    ):  # fmt: skip
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *how: Any):
+        scale, cap, temperature = how
         log_probs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         direction = torch.empty_like(hidden) if hidden.requires_grad else None
         rows = max(1, LinearLogProb.CHUNK_BYTES // (4 * weight.shape[0]))
@@ -1465,20 +1405,18 @@ def k3(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------- evaluation
 def evaluate(policy: Policy, examples: list[Example], config: Config, checkpoint: str) -> tuple[dict, list[dict]]:
-    """The paper's metrics on `examples`, greedily unless eval.generation_temperature says otherwise.
-
-    Returns the event for metrics.jsonl and a row for samples.jsonl for each example. "acc" is the share of correct
-    answers, not a mean reward. Raises Interrupted."""
+    """The paper's metrics on `examples`, greedily unless eval.generation_temperature says otherwise: the event for
+    metrics.jsonl, and a row for samples.jsonl for each example. "acc" is the share of correct answers, not a mean
+    reward. Raises Interrupted."""
     size, temperature = config.eval.batch_size, config.eval.generation_temperature
-    start, conversations = time.perf_counter(), []
+    start, conversations, where = time.perf_counter(), [], {"event": "eval", "checkpoint": checkpoint}
     for i in progress(range(0, len(examples), size), f"evaluate {checkpoint}"):
         if SIGNALS_SEEN:
             raise Interrupted
-        seed = f"{config.train.seed}/eval/{i}"
-        conversations += roll_out(policy, examples[i : i + size], config, temperature, seed)
-    if not finite(conversations):
+        batch, seed = examples[i : i + size], f"{config.train.seed}/eval/{i}"
+        conversations += roll_out(policy, batch, config, temperature, seed)
+    if not all(math.isfinite(p) for conversation in conversations for turn in conversation for p in turn.log_probs):
         log(f"Warning: the model overflows its numbers in rollouts of {checkpoint}; set model.dtype: bfloat16.")
-    where = {"event": "eval", "checkpoint": checkpoint}
     event = where | {"n": len(examples)} | reports.evaluation_figures(conversations, config)
     event["seconds"] = time.perf_counter() - start
     return event, [where | reports.sample_row(*pair) for pair in zip(examples, conversations, strict=True)]
@@ -1823,9 +1761,8 @@ def finish_run(run: Run, policy: Policy) -> None:
 
 def save_merged(adapter: Path, folder: Path, config: Config, policy: Policy) -> None:
     """The base model with the adapter added to its weights in float32, saved in bf16. Raises RunError."""
-    merged = (
-        PeftModel.from_pretrained(load_base(config, dtype=torch.float32), adapter).merge_and_unload().to(torch.bfloat16)
-    )
+    base = load_base(config, text_config(config), dtype=torch.float32)
+    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload().to(torch.bfloat16)
     merged.generation_config = policy.model.generation_config  # every token that ends an answer
     whole = not vars(merged.config).pop("multimodal_parent", None)  # a text part is saved by its own class's names
     with writing(folder):

@@ -4,7 +4,7 @@
 
     ours      one attempt a problem, sampled and trained: the work of the peer
     ours-two  a Stage II step: both attempts
-    trl       TRL's GRPOTrainer over an Unsloth model (transformers + PEFT on a CPU), rollouts by its generate
+    trl       TRL's GRPOTrainer over the model as train.py loads it (with Unsloth on a GPU), rollouts by its generate
 
 All get the same prompts in the same order, LoRA, rollouts a step, token budget, reward, KL weight, learning rate and
 sampling, each in a process of its own, whose output is in peers-NAME.log beside --out. The first step, which compiles,
@@ -72,7 +72,7 @@ def run_trl(train: Any, config: Any, tokenizer: Any, examples: list, clock: Cloc
 
     settings, wanted, gpu = config.train, config.reward, train.DEVICE.type != "cpu"
     _, think_prefix = train.attempt2_bridge(tokenizer, config)
-    model, *_ = train.load_model(config, use_unsloth=gpu)
+    model, *_ = train.load_model(config)
     if not gpu:
         trl.trainer.utils._ChunkedLogProbFunction = SimpleNamespace(apply=plain_log_probs)  # theirs is a Triton kernel
         train.torch.set_num_threads(1)  # as load_policy does for small models

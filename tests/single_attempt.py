@@ -20,8 +20,7 @@ def train_first_attempts(train: Any) -> Any:
     whole_step, train_step = train.training_step, train.train_step
 
     def roll_out(policy: Any, examples: list, config: Any, temperature: float, seed: str, _: int = 1) -> list[list]:
-        prompts = [example.prompt for example in examples]
-        turns = train.take_turns(policy, prompts, examples, config, temperature, f"{seed}/1", [])
+        turns = train.take_turns(policy, examples, config, temperature, f"{seed}/1", [])
         return [[turn, turn] for turn in turns]  # the second is for the log
 
     def update(policy: Any, optimizer: Any, conversations: list[list], stage: int, settings: Any) -> dict[str, Any]:

@@ -251,10 +251,10 @@ def test_what_stands_beside_the_text_part_goes_for_it(raw_config: dict, tmp_path
     whole.quantization_config = {"quant_method": "fp8"}
     config = train.check_config(with_keys(raw_config, {"model.name": str(tmp_path)}))
     whole.text_config.save_pretrained(tmp_path)
-    assert train.unsloth_serves(config)
+    assert train.unsloth_serves(train.text_config(config))
     whole.save_pretrained(tmp_path)
-    assert not train.unsloth_serves(config)
     text = train.text_config(config)
+    assert not train.unsloth_serves(text)
     assert (text.tie_word_embeddings, text.quantization_config["quant_method"]) == (True, "fp8")
 
 
@@ -265,7 +265,7 @@ def test_conversations_end_where_positions_do(raw_config: dict, tmp_path: Path, 
     fits, long = (
         train.check_config(with_keys(raw, {"train.max_prompt_length_attempt2": n - 12})) for n in (limit, limit + 1)
     )  # attempt 2 may take 12 tokens
-    train.check_length(fits)
+    train.check_length(train.text_config(fits), fits)
     says = f"^train.max_new_tokens_attempt1: a conversation can take {limit + 1} tokens, and .* exact up to {limit}"
     with pytest.raises(train.UserError, match=says):
         train.load_policy(long, build_tokenizer())

@@ -11,7 +11,6 @@ import random
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,8 +51,8 @@ def random_conversations(
         for budget in budgets:
             completion = draw(budget)
             end = [eos[row // 2 % len(eos)]] if row % 2 else []
-            reward = rng.choice([0.0, 0.25, 0.5, 1.0])
-            turns.append(train.Turn(prompt, completion + end, reward=reward, truncated=not end))
+            more = {"reward": rng.choice([0.0, 0.25, 0.5, 1.0]), "log_probs": [-1.0] * len(completion + end)}
+            turns.append(train.Turn(prompt, completion + end, truncated=not end, **more))
             prompt = [*prompt, *completion, 9, 8, 7]
         conversations.append(turns)
     return conversations
@@ -454,24 +453,26 @@ def before_each_forward(monkeypatch: pytest.MonkeyPatch, act: Callable[[list], A
     monkeypatch.setattr(train, "completion_log_probs", lambda *given: (act(given[1]), inner(*given))[1])
 
 
-@pytest.mark.parametrize("checkpointing", [True, "auto"])
-def test_gradient_checkpointing_changes_nothing(scene, make_policy, monkeypatch, checkpointing):
-    """`auto` is off where memory does not matter, and comes on before a run gives up."""
+@pytest.mark.parametrize("checkpointing", [True, False, "auto"])
+def test_gradient_checkpointing_changes_nothing(scene, make_policy, monkeypatch, capsys, checkpointing):
+    """`auto` is off until an out-of-memory, which then switches it on before it makes micro-batches smaller."""
+    monkeypatch.setattr(train, "ENOUGH_TOKENS", 1)  # `auto` takes no more, but one longest row
     policy, config = make_policy(SCENE | {"model.gradient_checkpointing": checkpointing})
     perturb(policy, 0.05)
-    layer = policy.model.get_base_model().model.layers[0]
+    layer, longest = policy.model.get_base_model().model.layers[0], config.model.max_seq_length
     assert layer.gradient_checkpointing == (checkpointing is True)
-    assert policy.micro_tokens == 4 * config.model.max_seq_length, "train.micro_batch_size rows"
-    if checkpointing == "auto":
-        policy.recompute = partial(policy.for_training.func, True)  # as on a GPU
+    assert policy.micro_tokens == longest * (1 if checkpointing == "auto" else config.train.micro_batch_size)
 
     def full(_: list) -> None:
-        if torch.is_grad_enabled() and not layer.gradient_checkpointing:
+        small = policy.micro_tokens < longest if checkpointing is False else layer.gradient_checkpointing
+        if torch.is_grad_enabled() and not small:
             raise torch.OutOfMemoryError("injected")
 
     before_each_forward(monkeypatch, full)
     mine, _ = step_gradient(policy, scene.conversations, 2, config.train)
-    assert layer.gradient_checkpointing
+    assert layer.gradient_checkpointing != (policy.micro_tokens < longest) == (checkpointing is False)
+    says = [line.rpartition("starts over with ")[2][:12] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert says == {True: [], False: ["micro-batche"] * 3, "auto": ["gradient che"]}[checkpointing]
     assert_objective(mine, scene.exact.terms(2, keys_of()))
 
 

@@ -241,7 +241,7 @@ def test_intervals_are_of_rows_whose_attempts_stay_together():
     assert profile_run.intervals(np.repeat([[1, 1], [0, 0]], 25, 0).astype(float))["delta_interval"] == [0, 0]
 
 
-def test_evaluate_counts_as_the_paper_does(make_policy, capsys, monkeypatch):
+def test_evaluate_counts_as_the_paper_does(make_policy, capsys):
     policy, config = make_policy({"eval.batch_size": 8})
     Listening(policy, [RIGHT, RIGHT, WRONG, NONE, RIGHT], [RIGHT, WRONG, RIGHT, RIGHT, RIGHT])
     event, samples = train.evaluate(policy, examples_of(policy, config, list("abcde")), config, "pretrain")
@@ -252,7 +252,7 @@ def test_evaluate_counts_as_the_paper_does(make_policy, capsys, monkeypatch):
     assert 0 < event["edit_distance_ratio"] < 1
     assert event["delta_interval"][0] <= event["delta"] <= event["delta_interval"][1]
     assert "overflow" not in capsys.readouterr().out
-    monkeypatch.setattr(train, "finite", lambda _: False)
+    policy.sampler.generate = lambda prompts, *_: ([[5]] * len(prompts), [[math.nan]] * len(prompts))
     train.evaluate(policy, examples_of(policy, config, ["a"]), config, "pretrain")
     assert "overflows its numbers in rollouts of pretrain" in capsys.readouterr().out
     rows = [(row["question"], row["correct_attempt1"], row["correct_attempt2"]) for row in samples]
