@@ -230,7 +230,6 @@ class EvalConfig(Section):
 class OutputConfig(Section):
     dir: PathText = key("outputs", "a run is written to {dir}/{run_name}/")
     merge: bool = key(False, "also save the base model with the adapter merged in, as merged/")
-    push_to_hub: str | None = key(None, "user/name: upload the last adapter and its card", pattern=r"^[\w.-]+/[\w.-]+$")
 
 
 class Config(Section):
@@ -468,7 +467,6 @@ if DEVICE.type != "cpu":
 
 import datasets
 import filelock
-import huggingface_hub
 import transformers
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -1908,7 +1906,7 @@ def load_optimizer(policy: Policy, optimizer: Optimizer, file: Path) -> None:
 
 
 def finish_run(run: Run, policy: Policy) -> None:
-    """When all is trained: the table, the choice by validation rows, the merged model, the upload."""
+    """When all is trained: the table, the choice by validation rows, the merged model."""
     evals, output = run.events("eval"), run.config.output
     log("\n" + reports.results_table(evals), always=True)
     if best := reports.best_on_validation(run.folder, evals):
@@ -1917,8 +1915,6 @@ def finish_run(run: Run, policy: Policy) -> None:
     if run.checkpoint != run.folder and run.state["finished"]:
         if output.merge:
             save_merged(run.checkpoint, run.folder / "merged", run.config, policy)
-        if output.push_to_hub:
-            push_to_hub(run.checkpoint, output.push_to_hub)
     log(f"Done in {time.time() - run.started:.0f} s: {run.folder}/results.md, {run.folder}/curves.png")
 
 
@@ -1932,16 +1928,6 @@ def save_merged(adapter: Path, folder: Path, config: Config, policy: Policy) -> 
     with writing(folder):
         merged.save_pretrained(folder, save_original_format=whole)
         policy.tokenizer.save_pretrained(folder)
-
-
-def push_to_hub(folder: Path, name: str) -> None:
-    """Uploads the adapter at the end of a stage with its card and tokenizer. Raises RunError."""
-    try:
-        huggingface_hub.create_repo(name, exist_ok=True)
-        huggingface_hub.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=["step_*", "state.json", ".*"])
-    except Exception as error:  # no token, no network, no right to write: each its own class
-        raise RunError(f"output.push_to_hub: {name}: {first_line(error)}; try again with --resume") from None
-    log(f"Pushed {folder} to {name}")
 
 
 # ----------------------------------------------------------------------------------------------- signals, progress

@@ -59,7 +59,7 @@ BAD_VALUES = {
     "dataset.test_split_size": [0], "prompts.self_correction": [""], "prompts.examples": [{"input": "1+1=?"}],
     "reward.fn": ["format_and_mach", "no_such_package.right", "trl.rewards.a b", [], ["exact_match", "nope"], 5],
     "reward.weights": ["high"], "reward.columns": ["solution"], "reward.answer_extractor": ["gsm8k"],
-    "reward.match": ["equals"], "reward.module": ["nowhere.py"], "output.push_to_hub": ["no slash"],
+    "reward.match": ["equals"], "reward.module": ["nowhere.py"],
     "run_name": [7, "../elsewhere", "/elsewhere", "..", "a\n", "a/b", "", "a" * 300],
 }  # fmt: skip
 BAD = [  # (changes, the key that the line must name, what the line must also say)
