@@ -307,8 +307,6 @@ def model_card(config: Any, evals: list[dict[str, Any]], folder: Path) -> str:
     head = ModelCardData(library_name="peft", pipeline_tag="text-generation", tags=tags, **on_hub)
     label = folder.name if folder.name.startswith("stage") else f"{folder.parent.name}/{folder.name}"
     results = f"Evaluations on held-out rows, {decoding(config)}:\n\n{results_table(evals)}\n\n{MEANINGS}"
-    last = "stage2" if train.has_stage(2) else "stage1"
-    where = config.output.push_to_hub if folder.name == last and config.output.push_to_hub else str(folder)
     rewards = ", ".join(f"`{name}`" for name in reward.fn) + f", weighted {reward.weights}" * bool(reward.weights)
     system = [{"role": "system", "content": prompts.system}] if prompts.system else []
     worked = [pair for e in prompts.examples for pair in (("user", e.input), ("assistant", e.output))]
@@ -334,7 +332,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-where = {where!r}
+where = {str(folder)!r}
 base, tokenizer = PeftConfig.from_pretrained(where).base_model_name_or_path, AutoTokenizer.from_pretrained(where)
 whole = AutoConfig.from_pretrained(base)
 text_part = whole.get_text_config()  # of a multimodal model, which alone was trained

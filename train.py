@@ -195,7 +195,6 @@ class EvalConfig(Section):
 class OutputConfig(Section):
     dir: PathText = key("outputs", "a run is written to {dir}/{run_name}/")
     merge: bool = key(False, "also save the base model with the adapter merged in, as merged/")
-    push_to_hub: str | None = key(None, "user/name: upload the last adapter and its card", pattern=r"^[\w.-]+/[\w.-]+$")
 
 
 class Config(Section):
@@ -261,12 +260,12 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Namespace, Config
     args = parser.parse_args(argv)
     config = read_config(args.config, args.set)
     stage2, adapter, few = args.start_stage == 2, args.resume_adapter, args.smoke is not None and args.smoke < 4
-    clash = args.resume and (args.eval_only or args.overwrite or adapter)
+    clash = args.resume and (args.eval_only or args.overwrite or adapter or stage2)
     faults = {
-        "--start-stage 2: needs --resume-adapter DIR or --resume, and trains: it does not go with --eval-only": stage2
-        and (args.eval_only or not (adapter or args.resume)),
+        "--start-stage 2: needs --resume-adapter DIR, and does not go with --eval-only": stage2
+        and (args.eval_only or not adapter),
         "--resume-adapter: goes with --start-stage 2 or --eval-only": adapter and not (stage2 or args.eval_only),
-        "--resume: goes on with the run as it is, without --eval-only, --overwrite, --resume-adapter": clash,
+        "--resume: goes on with the run as it is; leave out --eval-only, --overwrite, --start-stage": clash,
         f"--smoke {args.smoke}: needs 4 examples or more, for two steps of two": few,
     }
     refuse(faults)
@@ -342,7 +341,6 @@ def fault_line(fault: dict[str, Any]) -> str:
 def shrink_for_smoke(config: Config, examples: int) -> None:
     """Two optimizer steps a stage with a checkpoint after each: few rows, few generations, short completions."""
     train = config.train
-    config.run_name += "-smoke"
     batch = max(2, examples // 2 // min(2, train.oversample))
     most = {"stage1_batch_size": batch, "stage2_batch_size": batch, "stage1_corrections": 2, "oversample": 2}
     for name, limit in (most | {"max_new_tokens_attempt1": 64, "max_new_tokens_attempt2": 64}).items():
@@ -405,7 +403,6 @@ if DEVICE.type != "cpu":
 
 import datasets
 import filelock
-import huggingface_hub
 import transformers
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -425,7 +422,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 datasets.disable_progress_bars()
 datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs an error before raising it
-huggingface_hub.utils.logging.set_verbosity_error()  # it warns of each README without metadata
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of each README without metadata
 QUIET = False  # --quiet
 
 
@@ -445,25 +442,32 @@ log_once = cache(log)  # each message
 # ---------------------------------------------------------------------------------------------------------- the run
 def train_and_evaluate(args: Namespace, config: Config) -> None:
     """The whole run: evaluate, Stage I, evaluate, Stage II, evaluate. Raises UserError, RunError, Interrupted."""
-    with claim_folder(args, config):
+    with claim_folder(args, config) as folder:
         tokenizer = load_tokenizer(config)
         bridge, _ = attempt2_bridge(tokenizer, config)
         data = train, _, test = load_examples(config, tokenizer, args.smoke)
         steps = {stage: 0 if args.eval_only else len(stage_batches(stage, len(train), config)) for stage in (1, 2)}
         marks = fingerprints(data, bridge, config)
-        checkpoint = find_start(args, config, marks)
+        checkpoint = find_start(args, config, folder, marks)
         adapter = Path(args.resume_adapter) if args.resume_adapter else checkpoint
         adapter = adapter if adapter and (adapter / "adapter_config.json").exists() else None
         for file in adapter.glob("*.safetensors") if adapter else ():
             read_weights(file)  # before the minute that the model may take
         policy = load_policy(config, tokenizer, adapter)
-        run = open_run(args, config, checkpoint, marks, policy)
+        run = open_run(args, config, folder, checkpoint, marks, policy)
         log(reports.run_line(policy, config, DEVICE.type, len(train), len(test), steps))
-        if args.eval_only:
-            evaluate_only(run, policy, test, adapter)
+        if args.eval_only:  # a new adapter adds nothing: without one to resume this is the base model
+            run.evaluate(policy, test, "adapter" if adapter else "pretrain", 0, adapter=args.resume_adapter)
         else:
             run_stages(run, policy, data, steps)
-        finish_run(run, policy)
+        evals = run.events("eval")
+        log("\n" + reports.results_table(evals), always=True)
+        if best := reports.best_on_validation(folder, evals):
+            log(best)
+        run.wandb.finish()
+        if config.output.merge and run.state["finished"]:
+            save_merged(run.checkpoint, folder / "merged", config, policy)
+        log(f"Done, {time.time() - run.started:.0f} s in all: {folder}/results.md, {folder}/curves.png")
 
 
 def run_stages(run: Run, policy: Policy, data: Splits, steps: dict[int, int]) -> None:
@@ -471,36 +475,22 @@ def run_stages(run: Run, policy: Policy, data: Splits, steps: dict[int, int]) ->
     train, validation, test = data
 
     def validate(stage: int, step: int) -> None:
-        if validation:
+        if validation and (step or stage == stages[0]):  # else Stage I ended with this
             at = steps[1] * (stage - 1) + step
             run.evaluate(policy, validation, f"stage{stage}/step_{step}", at, held_out="validation")
 
-    start_stage, done = checkpoint_place(run.checkpoint)
-    if done >= steps[start_stage] and not (start_stage == 1 and steps[2]):
+    start_stage, done = run.state["stage"], run.state["step"]
+    stages = [stage for stage in range(start_stage, 3) if steps[stage]]
+    if done >= steps[start_stage] and not steps.get(start_stage + 1):
         log("All steps have been taken; nothing is left to train.")
     with reference(policy):  # an adapter to start from is not the pretrained model
         run.evaluate(policy, test, "pretrain", 0)
     if start_stage == 2 and done == 0:
         run.evaluate(policy, test, "stage1", steps[1], adapter=run.state["adapter"])
-    stages = [stage for stage in range(start_stage, 3) if steps[stage]]
     for stage in stages:
-        first = done if stage == start_stage else 0
-        if first < steps[stage]:
-            every = run.config.train.checkpoint_every or math.inf
-            if first % every == 0 and (first or stage == stages[0]):  # else Stage I ended with this
-                validate(stage, first)  # unless that was done before an interruption
-            train_stage(policy, train, stage, run, first, steps, validate)
+        train_stage(policy, train, stage, run, done if stage == start_stage else 0, steps, validate)
         validate(stage, steps[stage])
         run.evaluate(policy, test, f"stage{stage}", steps[1] * (stage - 1) + steps[stage])
-
-
-def evaluate_only(run: Run, policy: Policy, test: list[Example], adapter: Path | None) -> None:
-    """--eval-only: the base model, or the adapter, on the test rows."""
-    label = "pretrain"
-    if adapter:
-        label = f"stage{checkpoint_place(adapter)[0]}" if (adapter / "state.json").exists() else "adapter"
-    with nullcontext() if adapter else reference(policy):
-        run.evaluate(policy, test, label, 0, again=True, adapter=str(adapter) if adapter else None)
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -714,7 +704,7 @@ def fingerprints(data: Splits, bridge: list[int], config: Config) -> dict[str, s
     code = [Path(file).read_text("latin-1") for file in (rewards.__file__, config.reward.module) if file]
     marked = {
         "rows": [[[row.prompt, row.target, row.columns] for row in part] for part in data],
-        RENDERED: bridge,
+        "rendered prompts.self_correction": bridge,
         "code of reward.module or reward_function": code,
         "number format of model.dtype": number_format(config),
         "train.py": Path(__file__).read_text("latin-1"),
@@ -1038,16 +1028,18 @@ SILENT_STEPS = 3  # in a row, until a line says that nothing is learned
 def train_stage(
     policy: Policy, examples: list[Example], stage: int, run: Run, done: int, steps: dict[int, int], validate: Callable
 ) -> None:
-    """One stage from its step `done` on: rolls out, updates, writes down, and calls `validate(stage, step)` after each
-    checkpoint. The stages differ in `stage_returns` alone. Raises Interrupted after saving a checkpoint, and RunError
+    """One stage from its step `done` on: rolls out, updates, writes down, and calls `validate(stage, step)` before it
+    goes on from a checkpoint. The stages differ in `stage_returns` alone. Raises Interrupted after saving one, RunError
     when MAX_SKIPPED_STEPS steps in a row had a loss or gradient that is not finite."""
     config, train = run.config, run.config.train
     batches = stage_batches(stage, len(examples), config)
     optimizer = AdamW(policy.trainable.values(), lr=train.learning_rate, weight_decay=0.0)
-    if done:
+    if 0 < done < len(batches):
         load_optimizer(policy, optimizer, run.checkpoint / OPTIMIZER)
-    skipped = silent = 0
+    skipped, silent, every = 0, 0, train.checkpoint_every or math.inf
     for step in progress(range(done + 1, len(batches) + 1), f"Stage {'I' * stage}"):
+        if (step - 1) % every == 0:
+            validate(stage, step - 1)
         problems, rate = [examples[i] for i in batches[step - 1]], learning_rate(step, len(batches), train)
         figures, conversations = training_step(policy, optimizer, problems, stage, step, rate, config)
         event = {"event": "train", "stage": stage, "step": step, "global_step": steps[1] * (stage - 1) + step}
@@ -1060,12 +1052,10 @@ def train_stage(
         if silent == SILENT_STEPS:
             log(reports.silence_warning(figures, silent))
         stop, last = bool(SIGNALS_SEEN), step == len(batches)
-        if last or stop or (train.checkpoint_every and step % train.checkpoint_every == 0):
+        if last or stop or step % every == 0:
             run.save_checkpoint(policy, stage, step, None if last else optimizer)
             if stop:
                 raise Interrupted
-            if not last:
-                validate(stage, step)
 
 
 def learning_rate(step: int, steps: int, train: TrainConfig) -> float:
@@ -1430,31 +1420,23 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 # A resumed run may change these: they move time, memory and files, not a number.
 HARMLESS_KEYS = ("wandb_project", "output.", "model.fast_inference_gpu_mem", "model.gradient_checkpointing",
                  "train.micro_batch_size", "train.checkpoint_every")  # fmt: skip
-REFRESH_SECONDS = 300.0  # results.md and curves.png are drawn at most this often between evaluations
-OPTIMIZER, RENDERED = "optimizer.safetensors", "rendered prompts.self_correction"
-
-
-def run_folder(config: Config) -> Path:
-    return Path(config.output.dir, config.run_name)
+OPTIMIZER = "optimizer.safetensors"
 
 
 @contextmanager
-def claim_folder(args: Namespace, config: Config) -> Iterator[None]:
-    """Holds the run's folder while the run goes on: one folder, one run. Chooses its name. Raises UserError."""
-    own = own_checkpoint(args, config)
-    if args.eval_only:
-        config.run_name += "-eval"
-    elif own and not args.overwrite and checkpoints(run_folder(config), past=own):
-        name = config.run_name.removesuffix("-smoke" if args.smoke else "") + "-stage2"
-        config.run_name = name + "-smoke" * bool(args.smoke)
+def claim_folder(args: Namespace, config: Config) -> Iterator[Path]:
+    """Chooses the run's folder and holds it while the run goes on: one folder, one run. Raises UserError."""
+    name, smoke = config.run_name, "-smoke" * bool(args.smoke)
+    if args.start_stage == 2 and Path(config.output.dir, name + smoke, "config.yaml").exists():
+        log(f"{name}{smoke} holds a run, so this Stage II is a run of its own, {name}-stage2{smoke}.")
+        name += "-stage2"
         args.set.append(f"run_name={name}")  # as `resume_command` prints it
-        log(f"The run of {own} went on past it, so this Stage II goes into {run_folder(config)}.")
-    folder = run_folder(config)
+    config.run_name = name + smoke + "-eval" * args.eval_only
+    folder = Path(config.output.dir, config.run_name)
     lock, holder = (folder.with_name(f".{folder.name}.{kind}") for kind in ("lock", "holder"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        claim = filelock.FileLock(lock)
-        claim.acquire(timeout=0)
+        claim = filelock.FileLock(lock).acquire(timeout=0)
     except filelock.Timeout:
         who = "another process"
         with suppress(OSError):  # it may be ending just now
@@ -1462,33 +1444,18 @@ def claim_folder(args: Namespace, config: Config) -> Iterator[None]:
         raise UserError(f"output.dir: {folder} is in use by {who}; wait for it, or set another run_name") from None
     except (OSError, ValueError) as error:
         raise UserError(f"output.dir: cannot write to {folder.parent}: {first_line(error)}") from None
-    try:
+    with claim:
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-        yield
-    finally:
-        holder.unlink(missing_ok=True)
-        claim.release()
+        try:
+            yield folder
+        finally:
+            holder.unlink(missing_ok=True)
 
 
-def own_checkpoint(args: Namespace, config: Config) -> Path | None:
-    """The adapter that Stage II starts from, where it is a checkpoint of this run's Stage I."""
-    adapter, stage1 = Path(args.resume_adapter or ""), run_folder(config) / "stage1"
-    own = args.start_stage == 2 and args.resume_adapter and adapter.resolve().is_relative_to(stage1.resolve())
-    return adapter if own and (adapter / "state.json").exists() else None
-
-
-def checkpoints(folder: Path, past: Path | None = None) -> list[Path]:
-    """The complete checkpoints of a run, or those past one of them, the earliest first. Its start, which has no
-    weights, is the folder itself. Raises UserError."""
-    found = [f.parent for pattern in ("", "stage*/", "stage*/step_*/") for f in folder.glob(f"{pattern}state.json")]
-    after = checkpoint_place(past) if past else (0, 0)
-    return sorted((checkpoint for checkpoint in found if checkpoint_place(checkpoint) > after), key=checkpoint_place)
-
-
-def checkpoint_place(folder: Path) -> tuple[int, float]:
-    """(stage, step) of a complete checkpoint; the end of a stage is past any of its steps. Raises UserError."""
-    state = read_state(folder)
-    return state["stage"], math.inf if state["finished"] else state["step"]
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, the earliest first. The folder itself is its start, without weights."""
+    found = [file.parent for where in ("", "stage*/", "stage*/step_*/") for file in folder.glob(f"{where}state.json")]
+    return sorted(found, key=lambda place: [read_state(place)[name] for name in ("stage", "step")])
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -1499,56 +1466,52 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}/state.json: is damaged; delete it to go on from the checkpoint before it") from None
 
 
-def find_start(args: Namespace, config: Config, marks: dict[str, str]) -> Path | None:
-    """The checkpoint to go on from, None for a fresh start. Changes nothing. Refuses what would mix or lose runs."""
-    folder, own = run_folder(config), own_checkpoint(args, config)
+def find_start(args: Namespace, config: Config, folder: Path, marks: dict[str, str]) -> Path | None:
+    """The checkpoint to go on from, None for a new run. Changes nothing. Refuses what would mix or lose runs."""
+    if args.resume:
+        return newest_checkpoint(folder, config, marks)
     there = [name for name in RUN_FILES if name != "state.json" and (folder / name).exists()]
-    again = args.eval_only and "config.yaml" in there and not args.overwrite
+    if there and args.smoke and ".smoke" not in there:
+        raise UserError(f"--smoke: {folder} holds a run that is no smoke run; set another run_name")
     if args.eval_only and {"stage1", "stage2"} & set(there):
         raise UserError(f"--eval-only: {folder} holds a run that trained; set another run_name")
-    if args.resume or own or again:
-        flag = "--resume" if args.resume else "--resume-adapter" if own else "--eval-only"
-        check_same(folder, config, marks, flag)
-        start = own or checkpoints(folder)[-1]
-        if own and not args.overwrite and checkpoints(folder, past=own):
-            raise UserError(f"{flag}: the run of {own} went on past it just now; try again")
-        if args.resume and 0 < checkpoint_place(start)[1] < math.inf and not (start / OPTIMIZER).exists():
-            why = f"{start} has no optimizer state, which only a run's newest checkpoint keeps"
-            raise UserError(f"{flag}: {why}; Stage II can start from it: --start-stage 2 --resume-adapter {start}")
-        return start
-    if there and args.smoke and ".smoke" not in there:
-        raise UserError(f"--smoke: {folder} holds a run that is no smoke run; choose another with --set run_name=NAME")
-    if there and not (args.overwrite or args.smoke):
-        same = "".join(f"--set {word} " for word in args.set[-1:] if word.startswith("run_name="))
-        resume = f"{same}--resume or " * ("config.yaml" in there)  # else a start was killed, or an --overwrite
-        what = f"{folder} already holds a run ({', '.join(there)})"
-        raise UserError(f"output.dir: {what}; set another run_name, or give {resume}{same}--overwrite")
-    read = [config.model.name, config.dataset.name, config.reward.module, config.model.chat_template, args.config]
-    for path in [*read, args.resume_adapter] if there else ():
-        if path and any(Path(path).expanduser().resolve().is_relative_to((folder / name).resolve()) for name in there):
+    if there and not (args.overwrite or args.smoke or args.eval_only):
+        resume = f", or go on with {resume_command(args)}" * ("config.yaml" in there)  # else a start was killed
+        what = f"{folder} holds {', '.join(there)}; set another run_name"
+        raise UserError(f"output.dir: {what}, or give --overwrite{resume}")
+    read = [config.model.name, config.dataset.name, config.reward.module, config.model.chat_template]
+    for path in filter(None, [*read, args.config, args.resume_adapter]):
+        if any(Path(path).expanduser().resolve().is_relative_to((folder / name).resolve()) for name in there):
             raise UserError(f"--overwrite: would delete {path}, which this run reads; set another run_name")
     return None
 
 
-def check_same(folder: Path, config: Config, marks: dict[str, str], flag: str) -> None:
-    """A run that goes on keeps every number. Raises UserError that lists what would change one."""
+def newest_checkpoint(folder: Path, config: Config, marks: dict[str, str]) -> Path:
+    """The checkpoint from which --resume ends as an undisturbed run would. Raises UserError where none does."""
     try:
         before = flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
     except Exception as error:  # none, or whatever stands there
-        raise UserError(f"{flag}: {folder} holds no run; check run_name (config.yaml: {first_line(error)})") from None
-    if not checkpoints(folder):
-        raise UserError(f"{flag}: {folder} has lost its checkpoints; start anew with --overwrite")
-    now, saved = flat(config.model_dump()), read_state(checkpoints(folder)[-1])["marks"]
+        raise UserError(f"--resume: {folder} holds no run; check run_name (config.yaml: {first_line(error)})") from None
+    if not (found := checkpoints(folder)):
+        raise UserError(f"--resume: {folder} has lost its checkpoints; start anew with --overwrite")
+    newest, state, now = found[-1], read_state(found[-1]), flat(config.model_dump())
     keys = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     changed = [f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in keys if not key.startswith(HARMLESS_KEYS)]
-    other = [name for name in marks if saved.get(name) != marks[name]]
+    other = [name for name in marks if state["marks"].get(name) != marks[name]]
     if "train.py" in other:
         log(f"Warning: train.py has changed since {folder} was made; what follows may not be the same mathematics.")
     changed += [f"the {name}" for name in other if name != "train.py"]
     if changed:
-        dated = " (does the chat template print today's date?)" * bool({RENDERED, "rows"} & set(other))
-        new = "put it back, or go on from these weights with --start-stage 2 --resume-adapter DIR --set run_name=NAME"
-        raise UserError(f"{flag}: {folder} was made with something else: {'; '.join(changed)}{dated}; {new}")
+        dated = " (does the chat template print today's date?)" * ("rows" in other)
+        new = "put it back, or start a new run from its weights: --start-stage 2 --resume-adapter DIR"
+        raise UserError(f"--resume: {folder} was made with something else: {'; '.join(changed)}{dated}; {new}")
+    if state["step"] and not state["finished"] and not (newest / OPTIMIZER).exists():
+        why = f"{newest} has no optimizer state, which only a run's newest checkpoint keeps"
+        raise UserError(f"--resume: {why}; Stage II can start from it: --start-stage 2 --resume-adapter {newest}")
+    for file in map(folder.joinpath, state["logs"]):
+        if not file.exists() or file.stat().st_size < state["logs"][file.name]:
+            raise UserError(f"--resume: {file} is shorter than at its checkpoint; put it back")
+    return newest
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -1563,27 +1526,25 @@ class Run:
 
     folder: Path
     config: Config
-    checkpoint: Path  # the newest; its state.json notes how long the logs were
-    state: dict[str, Any]
+    checkpoint: Path  # the newest
+    state: dict[str, Any]  # what its state.json says
     wandb: reports.Wandb
-    started: float = field(default_factory=time.time)
-    drawn: float = field(default_factory=time.time)
+    started: float  # as if the run had never been interrupted
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         file = self.folder / "metrics.jsonl"
         lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []  # not at U+2028
         return [event for event in map(json.loads, lines) if event["event"] == kind]
 
-    def evaluate(self, policy: Policy, examples: list[Example], label: str, at: int, again=False, **extra: Any) -> None:
-        """Evaluates and notes it down; with `again` also if the logs hold that evaluation already."""
-        if not again and label in [event["checkpoint"] for event in self.events("eval")]:
+    def evaluate(self, policy: Policy, examples: list[Example], label: str, at: int, **extra: Any) -> None:
+        """Evaluates and writes it down, unless that was done before an interruption."""
+        if label in [event["checkpoint"] for event in self.events("eval")]:
             return
         event, samples = evaluate(policy, examples, self.config, label)
         event |= {"global_step": at} | extra
         self.write(event, [row | extra for row in samples])
         log(reports.EVAL_LINE.format(**event))
         self.write_results()
-        write_atomically(self.checkpoint / "state.json", json.dumps(self.note_state(), indent=1))  # last: it is done
 
     def log_step(self, event: dict, problems: list[Example], conversations: Conversations, steps: int) -> None:
         """Writes and prints a training step; of its rollouts four, or all where the step was skipped."""
@@ -1591,121 +1552,83 @@ class Run:
         shown = list(enumerate(conversations))[: None if event["skipped"] else 4]
         self.write(event, [where | reports.sample_row(problems[row // each], c) for row, c in shown])
         log(reports.step_line(event, steps))
-        if time.time() - self.drawn > REFRESH_SECONDS:
-            self.write_results()
         if event["step"] == min(5, steps) and not (self.folder / ".smoke").exists():  # which cuts budgets itself
             for line in reports.budget_warnings([e for e in self.events("train") if e["stage"] == event["stage"]]):
                 log(line)
 
     def write(self, event: dict[str, Any], samples: list[dict[str, Any]]) -> None:
         for name, rows in (("samples.jsonl", samples), ("metrics.jsonl", [event])):
-            with writing(self.folder / name), (self.folder / name).open("a", encoding="utf-8") as stream:
+            with (self.folder / name).open("a", encoding="utf-8") as stream:
                 stream.writelines(map(to_json, rows))
         self.wandb.write(event, samples)
 
-    def note_state(self) -> dict[str, Any]:
-        """The newest checkpoint's state, as it is now."""
-        sizes = {name: (self.folder / name).stat().st_size for name in LOGS if (self.folder / name).exists()}
-        seconds = self.state["seconds"] + time.time() - self.started
-        return self.state | {"logs": sizes, "wandb_id": self.wandb.id, "seconds": seconds}
-
     def save_checkpoint(self, policy: Policy, stage: int, step: int, optimizer: Optimizer | None) -> None:
-        """Saves stage{1,2}/step_N or, without optimizer, the stage's end. Every checkpoint keeps its adapter; only the
-        newest keeps the optimizer's state."""
-        folder = self.folder / f"stage{stage}" / (f"step_{step}" if optimizer else "")
-        self.state |= {"stage": stage, "step": step, "finished": optimizer is None, "adapter": None}
-        self.state["loss_scale"] = policy.loss_scale
-        card = reports.model_card(self.config, self.events("eval"), folder)
-        save_checkpoint(policy, folder, self.note_state(), optimizer, card)
-        self.checkpoint = folder
+        """Saves stage{1,2}/step_N or, without optimizer, the stage's end. The newest alone keeps optimizer state."""
+        finished = step > 0 and optimizer is None
+        self.checkpoint = self.folder / f"stage{stage}" / ("" if finished else f"step_{step}")
+        self.state |= {"stage": stage, "step": step, "finished": finished, "loss_scale": policy.loss_scale}
+        save_checkpoint(policy, self.checkpoint, optimizer)
+        self.write_results()
         for old in self.folder.glob(f"stage*/step_*/{OPTIMIZER}"):
-            if old.parent != folder:
+            if old.parent != self.checkpoint:
                 old.unlink()
-        log(f"Saved {folder}")
+        log(f"Saved {self.checkpoint}")
 
     def write_results(self) -> None:
-        """results.json, results.md, curves.png, and the card of the checkpoint that was evaluated last."""
+        """results.json, results.md, curves.png, the newest checkpoint's card and, last, its state."""
         evals, device = self.events("eval"), torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type
         results = {"run_name": self.config.run_name, "evals": evals, "device": device} | reports.made_with()
-        results |= {"seconds_total": self.note_state()["seconds"], "command": shlex.join(["python", *sys.argv])}
+        results |= {"seconds_total": time.time() - self.started, "command": shlex.join(["python", *sys.argv])}
         write_atomically(self.folder / "results.json", json.dumps(results, indent=1))
         write_atomically(self.folder / "results.md", reports.results_page(self.config, evals))
         if self.checkpoint != self.folder:
             write_atomically(self.checkpoint / "README.md", reports.model_card(self.config, evals, self.checkpoint))
-        with writing(self.folder / "curves.png"):
-            reports.draw_curves(self.folder, self.events("train"), evals)
-        self.drawn = time.time()
+        reports.draw_curves(self.folder, self.events("train"), evals)
+        self.write_state()
+
+    def write_state(self) -> None:
+        """state.json, without which the checkpoint is none. What the logs hold past the sizes in it did not happen."""
+        sizes = {name: (self.folder / name).stat().st_size for name in LOGS if (self.folder / name).exists()}
+        self.state |= {"logs": sizes, "wandb_id": self.wandb.id, "seconds": time.time() - self.started}
+        write_atomically(self.checkpoint / "state.json", json.dumps(self.state, indent=1))
 
 
-def open_run(args: Namespace, config: Config, checkpoint: Path | None, marks: dict[str, str], policy: Policy) -> Run:
+def open_run(args: Namespace, config: Config, folder: Path, start: Path | None, marks: dict, policy: Policy) -> Run:
     """Prepares the run folder. Called after data, model and adapter have loaded, so a failed start deletes nothing."""
-    folder = run_folder(config)
     state = {"stage": args.start_stage, "step": 0, "finished": False, "logs": {}, "marks": marks, "seconds": 0.0}
-    state = read_state(checkpoint) if checkpoint else state
+    state = read_state(start) if start else state | {"adapter": args.resume_adapter}
     policy.loss_scale = state.get("loss_scale", policy.loss_scale)
-    with writing(folder):
-        folder.mkdir(exist_ok=True)
-        clear(folder, checkpoint)
-        for file in (folder / name for name in LOGS):
-            size, noted = file.stat().st_size if file.exists() else 0, state["logs"].get(file.name, 0)
-            if size < noted:
-                raise UserError(f"--resume: {file} is shorter than at its checkpoint; put it back")
-            if size:
-                os.truncate(file, noted)
-        if args.smoke:
-            (folder / ".smoke").touch()
+    folder.mkdir(exist_ok=True)
+    halves = [place for place in folder.glob("stage*/step_*/") if not (place / "state.json").exists()]  # after a kill
+    for path in halves if start else map(folder.joinpath, RUN_FILES):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for file in filter(Path.exists, map(folder.joinpath, LOGS)):
+        os.truncate(file, state["logs"].get(file.name, 0))
+    if args.smoke:
+        (folder / ".smoke").touch()
     wandb = reports.Wandb(config, folder, state.get("wandb_id"), log)
-    run = Run(folder, config, checkpoint or folder, state, wandb)
-    if args.start_stage == 2 and not args.resume and not state["finished"]:
-        state |= {"stage": 2, "step": 0, "adapter": args.resume_adapter}  # noted before anything else
-        run.checkpoint = folder / "stage2" / "step_0"
-        save_checkpoint(policy, run.checkpoint, run.note_state(), None, reports.model_card(config, [], run.checkpoint))
-    if run.checkpoint == folder:
-        write_atomically(folder / "state.json", json.dumps(run.note_state(), indent=1))
-    if checkpoint:
-        log(f"Going on from {checkpoint}.")
-    else:  # last: a folder without it holds no run
+    run = Run(folder, config, start or folder, state, wandb, time.time() - state["seconds"])
+    if start:
+        log(f"Going on from {start}.")
+    else:
+        if args.start_stage == 2:  # the adapter may be gone when the run goes on
+            run.save_checkpoint(policy, 2, 0, None)
+        else:
+            run.write_state()
         text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
-        write_atomically(folder / "config.yaml", text)
+        write_atomically(folder / "config.yaml", text)  # last: a folder without it holds no run
     wandb.start()
     return run
 
 
-def clear(folder: Path, checkpoint: Path | None) -> None:
-    """Deletes what an earlier run wrote past the checkpoint, or all of it, and what a kill left half written."""
-    there = [*(folder / f".{name}.tmp" for name in RUN_FILES), *folder.glob("stage*/**/.*.tmp")]
-    there += [] if checkpoint else [folder / name for name in RUN_FILES]
-    for path in there:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    for past in checkpoints(folder, past=checkpoint)[::-1] if checkpoint else ():
-        (past / "state.json").unlink()  # the newest first: a folder without it is no checkpoint
-    for place in [*folder.glob("stage*/step_*/"), *folder.glob("stage*/")]:
-        if not (place / "state.json").exists():
-            for file in filter(Path.is_file, place.iterdir()):
-                file.unlink()
-            with suppress(OSError):  # a stage whose steps stay
-                place.rmdir()
-
-
-@contextmanager
-def writing(place: Path) -> Iterator[None]:
-    """Names what could not be written, which a full disk's error does not. Raises RunError."""
-    try:
-        yield
-    except Exception as error:  # safetensors and tokenizers have classes of their own for the system's errors
-        if not isinstance(error, OSError) and "os error" not in str(error):
-            raise
-        raise RunError(f"{place}: cannot be written: {first_line(error)}; mend that and go on with --resume") from None
-
-
 def write_atomically(file: Path, text: str) -> None:
-    """The file holds the old text or the new, never half of one. Raises RunError."""
+    """The file holds the old text or the new, never half of one."""
     temporary = file.with_name(f".{file.name}.tmp")
-    with writing(file), temporary.open("w", encoding="utf-8") as stream:
+    with temporary.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-        os.replace(temporary, file)
+    os.replace(temporary, file)
 
 
 def to_json(row: dict[str, Any]) -> str:
@@ -1714,27 +1637,17 @@ def to_json(row: dict[str, Any]) -> str:
     return json.dumps(finite, ensure_ascii=False) + "\n"
 
 
-def save_checkpoint(policy: Policy, folder: Path, state: dict, optimizer: Optimizer | None, card: str) -> None:
-    """Writes adapter, tokenizer, model card, optimizer state and state.json to a hidden folder, then moves them in
-    place. state.json comes last: a folder without it is no checkpoint. safetensors and JSON only. Raises RunError."""
-    temporary = folder / ".checkpoint.tmp"
-    with writing(folder):
-        temporary.mkdir(parents=True)
-        policy.model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
-        policy.tokenizer.save_pretrained(str(temporary))
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        if optimizer:
-            pairs = [(name, optimizer.state[parameter]) for name, parameter in policy.trainable.items()]
-            moments = {f"{name}/{part}": value.contiguous() for name, parts in pairs for part, value in parts.items()}
-            save_file(moments, temporary / OPTIMIZER)
-        (temporary / "state.json").write_text(json.dumps(state, indent=1))
-        for file in filter(Path.is_file, temporary.rglob("*")):
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-        (folder / "state.json").unlink(missing_ok=True)
-        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "state.json"):
-            os.replace(file, folder / file.name)
-        temporary.rmdir()
+def save_checkpoint(policy: Policy, folder: Path, optimizer: Optimizer | None) -> None:
+    """Writes adapter, tokenizer and optimizer state, safetensors and JSON only, and waits until the disk has them."""
+    policy.model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    policy.tokenizer.save_pretrained(str(folder))
+    if optimizer:
+        pairs = [(name, optimizer.state[parameter]) for name, parameter in policy.trainable.items()]
+        moments = {f"{name}/{part}": value.contiguous() for name, parts in pairs for part, value in parts.items()}
+        save_file(moments, folder / OPTIMIZER)
+    for file in filter(Path.is_file, folder.rglob("*")):
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
 
 
 def load_optimizer(policy: Policy, optimizer: Optimizer, file: Path) -> None:
@@ -1744,40 +1657,14 @@ def load_optimizer(policy: Policy, optimizer: Optimizer, file: Path) -> None:
         optimizer.state[parameter] = {"step": moments[f"{name}/step"]} | parts
 
 
-def finish_run(run: Run, policy: Policy) -> None:
-    """When all is trained: the table, the choice by validation rows, the merged model, the upload."""
-    evals, output = run.events("eval"), run.config.output
-    log("\n" + reports.results_table(evals), always=True)
-    if best := reports.best_on_validation(run.folder, evals):
-        log(best)
-    run.wandb.finish()
-    if run.checkpoint != run.folder and run.state["finished"]:
-        if output.merge:
-            save_merged(run.checkpoint, run.folder / "merged", run.config, policy)
-        if output.push_to_hub:
-            push_to_hub(run.checkpoint, output.push_to_hub)
-    log(f"Done in {time.time() - run.started:.0f} s: {run.folder}/results.md, {run.folder}/curves.png")
-
-
 def save_merged(adapter: Path, folder: Path, config: Config, policy: Policy) -> None:
-    """The base model with the adapter added to its weights in float32, saved in bf16. Raises RunError."""
+    """The base model with the adapter added to its weights in float32, saved in bf16."""
     base = load_base(config, text_config(config), dtype=torch.float32)
     merged = PeftModel.from_pretrained(base, adapter).merge_and_unload().to(torch.bfloat16)
     merged.generation_config = policy.model.generation_config  # every token that ends an answer
     whole = not vars(merged.config).pop("multimodal_parent", None)  # a text part is saved by its own class's names
-    with writing(folder):
-        merged.save_pretrained(folder, save_original_format=whole)
-        policy.tokenizer.save_pretrained(folder)
-
-
-def push_to_hub(folder: Path, name: str) -> None:
-    """Uploads the adapter at the end of a stage with its card and tokenizer. Raises RunError."""
-    try:
-        huggingface_hub.create_repo(name, exist_ok=True)
-        huggingface_hub.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=["step_*", "state.json", ".*"])
-    except Exception as error:  # no token, no network, no right to write: each its own class
-        raise RunError(f"output.push_to_hub: {name}: {first_line(error)}; try again with --resume") from None
-    log(f"Pushed {folder} to {name}")
+    merged.save_pretrained(folder, save_original_format=whole)
+    policy.tokenizer.save_pretrained(folder)
 
 
 # ----------------------------------------------------------------------------------------------- signals, progress
@@ -2657,8 +2544,11 @@ def main(args: Namespace, config: Config) -> int:
         code, line = 130, f"Interrupted. Go on with: {resume_command(args)}"
     except torch.OutOfMemoryError:
         code, line = 1, "Out of GPU memory in a rollout; lower model.fast_inference_gpu_mem or the batch sizes"
-    except OSError as error:
-        code, line = 1, f"{error.filename or config.output.dir}: {error.strerror or error}"
+    except Exception as error:  # safetensors and tokenizers have classes of their own for the system's errors
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
+        place = getattr(error, "filename", None) or f"{config.output.dir}/{config.run_name}"
+        code, line = 1, f"{place}: {first_line(error)}; mend that and go on with: {resume_command(args)}"
     with suppress(OSError):  # the terminal may have gone
         print(line, file=sys.stderr, flush=True)
     return code
@@ -2666,10 +2556,10 @@ def main(args: Namespace, config: Config) -> int:
 
 def resume_command(args: Namespace) -> str:
     """What to type to go on after an interruption."""
+    if args.eval_only:
+        return shlex.join(["python", *sys.argv])
     words = ["python", sys.argv[0], "--config", args.config, *(["--set", *args.set] if args.set else [])]
-    words += ["--smoke", str(args.smoke)] if args.smoke else []
-    words += ["--eval-only"] if args.eval_only else ["--resume"]
-    words += ["--resume-adapter", args.resume_adapter] if args.eval_only and args.resume_adapter else []
+    words += [*(["--smoke", str(args.smoke)] if args.smoke else []), "--resume"]
     return shlex.join(words)
 
 

@@ -59,7 +59,7 @@ BAD_VALUES = {
     "dataset.test_split_size": [0], "prompts.self_correction": [""], "prompts.examples": [{"input": "1+1=?"}],
     "reward.fn": ["format_and_mach", "no_such_package.right", "trl.rewards.a b", [], ["exact_match", "nope"], 5],
     "reward.weights": ["high"], "reward.columns": ["solution"], "reward.answer_extractor": ["gsm8k"],
-    "reward.match": ["equals"], "reward.module": ["nowhere.py"], "output.push_to_hub": ["no slash"],
+    "reward.match": ["equals"], "reward.module": ["nowhere.py"],
     "run_name": [7, "../elsewhere", "/elsewhere", "..", "a\n", "a/b", "", "a" * 300],
 }  # fmt: skip
 BAD = [  # (changes, the key that the line must name, what the line must also say)
@@ -232,7 +232,7 @@ BAD_FLAGS = [  # (flags, what the line must name)
     ("--smoke 0", "--smoke 0"), ("--smoke x", "--smoke"), ("--start-stage 3", "--start-stage"),
     ("--start-stage 2", "--start-stage 2"), ("--start-stage 2 --resume-adapter DIR --eval-only", "--start-stage 2"),
     ("--resume-adapter DIR", "--resume-adapter"), ("--resume --overwrite", "--overwrite"),
-    ("--resume --eval-only", "--eval-only"), ("--resume --start-stage 2 --resume-adapter DIR", "--resume-adapter"),
+    ("--resume --eval-only", "--eval-only"), ("--resume --start-stage 2 --resume-adapter DIR", "--resume"),
 ]  # fmt: skip
 
 
@@ -246,7 +246,8 @@ def test_parse_command_line_refuses(raw_config: dict, config_file: Path, tmp_pat
 def test_find_start_resume_of_no_run(config_file: Path) -> None:
     """A mistyped name must not train from scratch."""
     args, config = train.parse_command_line(["--config", str(config_file), "--resume", "--set", "run_name=tset"])
-    assert named(refusal(train.find_start, args, config, {})) == ["--resume"]
+    folder = Path(config.output.dir, config.run_name)
+    assert named(refusal(train.find_start, args, config, folder, {})) == ["--resume"]
 
 
 def test_help_lists_every_key_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
@@ -340,11 +341,13 @@ def test_shipped_config(name: str, rows: int, stage1: int, stage2: int) -> None:
 
 @pytest.mark.parametrize("examples", [4, 8])
 @pytest.mark.parametrize("name", SHIPPED)
-def test_smoke_shrinks(name: str, examples: int) -> None:
+def test_smoke_shrinks(name: str, examples: int, tmp_path: Path) -> None:
     """Two steps a stage of few rows, a checkpoint after each, whatever the config's batches."""
     flags = ["--smoke", str(examples), "--set", "train.oversample=4", "train.num_generations=8"]
-    _, config = train.parse_command_line(["--config", f"{ROOT}/configs/{name}.yaml", *flags])
-    assert config.run_name == f"score-{name}-smoke"
+    flags += [f"output.dir={tmp_path}", "--config", f"{ROOT}/configs/{name}.yaml"]
+    args, config = train.parse_command_line(flags)
+    with train.claim_folder(args, config) as folder:
+        assert folder == tmp_path / f"score-{name}-smoke"
     assert (config.eval.max_examples, config.train.checkpoint_every) == (examples, 1)
     assert config.train.max_new_tokens_attempt1 <= 64
     for stage in (1, 2):

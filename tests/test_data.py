@@ -309,7 +309,7 @@ def test_attempt2_bridge_computes_open_budgets(make_config: Any) -> None:
         assert refusal(budgets, {key: little}).startswith(f"{key}: ")
 
 
-def test_check_same_names_a_template_that_prints_the_date(make_config: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_resume_names_a_template_that_prints_the_date(make_config: Any, tmp_path: Path, monkeypatch: Any) -> None:
     config = make_config({"model.chat_template": "{{ strftime_now('%d %b %Y') }}" + PLAIN_TEMPLATE})
     tokenizer = train.load_tokenizer(config)
 
@@ -322,8 +322,8 @@ def test_check_same_names_a_template_that_prints_the_date(make_config: Any, tmp_
     state = {"stage": 1, "step": 0, "finished": False, "logs": {}, "marks": marks(1), "seconds": 0.0}
     (tmp_path / "state.json").write_text(json.dumps(state))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump()))
-    train.check_same(tmp_path, config, marks(1), "--resume")
-    message = refusal(train.check_same, tmp_path, config, marks(2), "--resume")
+    assert train.newest_checkpoint(tmp_path, config, marks(1)) == tmp_path
+    message = refusal(train.newest_checkpoint, tmp_path, config, marks(2))
     assert message.startswith("--resume: ") and "chat template" in message
 
 

@@ -203,7 +203,7 @@ def test_built_in_sampler_is_exact(family: SimpleNamespace) -> None:
 
 def test_saved_and_merged_are_the_same_policy(family: SimpleNamespace, tmp_path: Path, monkeypatch: Any) -> None:
     policy, config = family.policy, family.config
-    train.save_checkpoint(policy, tmp_path, {}, None, "card")
+    train.save_checkpoint(policy, tmp_path, None)
     monkeypatch.setattr(train, "make_sampler", lambda *_: None)
     again = train.load_policy(config, policy.tokenizer, adapter=tmp_path)
     with torch.no_grad():

@@ -110,8 +110,7 @@ def test_gradient_checkpointing_changes_no_gradient(make_policy: Callable[..., A
 def adapter(make_policy: Callable[..., Any], tmp_path: Path) -> Path:
     policy, _ = make_policy()
     perturb(policy)
-    state = {"stage": 1, "step": 1, "finished": True, "logs": {}, "marks": {}, "seconds": 0.0}
-    train.save_checkpoint(policy, tmp_path / "stage1", state, None, "card")
+    train.save_checkpoint(policy, tmp_path / "stage1", None)
     return tmp_path / "stage1"
 
 
@@ -128,7 +127,7 @@ def test_load_adapter_gives_the_saved_policy(
 
 def test_an_adapter_of_fewer_layers_does_not_fit_all_linear(make_policy: Callable[..., Any], tmp_path: Path) -> None:
     policy, config = make_policy({"model.lora.target_modules": "q_proj"})
-    train.save_checkpoint(policy, tmp_path / "stage1", {}, None, "card")
+    train.save_checkpoint(policy, tmp_path / "stage1", None)
     train.check_adapter(tmp_path / "stage1", config)
     with pytest.raises(train.UserError, match="stage1: is of another base model: .*down_proj.*"):
         make_policy(adapter=tmp_path / "stage1")
