@@ -1117,11 +1117,12 @@ def roll_out(
 ) -> Conversations:
     """Samples and grades both attempts at every example. With `corrections` m each first attempt stands in m
     conversations in a row and is corrected in each anew. Raises RewardError."""
-    with policy.sampler.conversation():
-        firsts = take_turns(policy, examples, config, temperature, f"{seed}/1", [])
-        opened = [[first] for first in firsts for _ in range(corrections)]
-        examples = [example for example in examples for _ in range(corrections)]
-        seconds = take_turns(policy, examples, config, temperature, f"{seed}/2", opened)
+    policy.sampler.keeps = True  # attempt 2 goes on from attempt 1's K/V
+    firsts = take_turns(policy, examples, config, temperature, f"{seed}/1", [])
+    policy.sampler.keeps = False
+    opened = [[first] for first in firsts for _ in range(corrections)]
+    examples = [example for example in examples for _ in range(corrections)]
+    seconds = take_turns(policy, examples, config, temperature, f"{seed}/2", opened)
     return [[*before, second] for before, second in zip(opened, seconds, strict=True)]
 
 
@@ -1737,7 +1738,7 @@ def sample(
 
     Row i is row number first_row + i of this seed. Where the free memory holds fewer rows, they go in parts."""
     if rows_that_fit(policy, prompts, max_new_tokens, memory_share) < len(prompts):
-        policy.sampler.forget()  # parts are prefilled whole, so the K/V of the turn before would only take memory
+        policy.sampler.keeps, policy.sampler.kept = False, None  # parts are prefilled whole: K/V would only take memory
     size = rows_that_fit(policy, prompts, max_new_tokens, memory_share)
     how, starts = (max_new_tokens, temperature, random.Random(seed).getrandbits(62)), range(0, len(prompts), size)
     parts = [policy.sampler.generate(prompts[at : at + size], *how, first_row + at) for at in starts]
@@ -1790,7 +1791,7 @@ class Generate:
 
     policy: Policy
     name = "model.generate"
-    conversation = forget = release = nullcontext  # nothing is kept from one turn to the next
+    release = nullcontext  # nothing is kept from one turn to the next
 
     def generate(self, prompts: Rows, max_new_tokens: int, temperature: float, seed: int, first_row: int = 0) -> Made:
         """As `sample`, for rows that fit in memory."""
@@ -2098,7 +2099,7 @@ class Decoder:
 
     name = "the built-in decoder"
     compact = True  # drop ended rows from the batch
-    keeps = False  # leave the K/V to the next generate()
+    keeps = False  # leave the K/V to the next generate(), whose prompts may extend the ones before; see `roll_out`
     burst = 8  # graph replays between two looks at which rows have ended
     splits: int | None = None  # programs that share one row's attention; None: enough to fill the card
     prompt_tokens = 8192  # prompt tokens in one forward pass, pads included
@@ -2141,31 +2142,18 @@ class Decoder:
         self.graphs, self.held = {}, [1, 1, 1]
         self.pool = self.cache = self.kept = self.cos = self.static = None
 
-    @contextmanager
-    def conversation(self) -> Iterator[None]:
-        """Inside, where weights must not change, prompts that extend the ones before go on from the K/V of those."""
-        self.keeps = True
-        try:
-            yield
-        finally:
-            self.forget()
-
-    def forget(self) -> None:
-        """Free the K/V that is kept, and keep none for the rest of the conversation."""
-        self.keeps, self.kept = False, None
-
     @torch.inference_mode(False)
     @torch.no_grad()
     def generate(self, prompts: Rows, max_new_tokens: int, temperature: float, seed: int, first_row: int = 0) -> Made:
-        """As `sample`, for rows that fit in memory. Raises ValueError for an empty prompt or odd numbers."""
-        if temperature < 0 or max_new_tokens < 1 or not all(prompts):
-            raise ValueError("generate() needs prompts that are not empty, max_new_tokens >= 1 and temperature >= 0")
+        """As `sample`, for rows that fit in memory."""
         rows = rows_for_graph(len(prompts)) if self.graphed else len(prompts)
         self._start(prompts, rows, max_new_tokens, temperature, seed, first_row)
         self._continue(rows, max_new_tokens, max(map(len, prompts)))
         ends = [*enumerate(self.lengths[: len(prompts)].tolist())]
         tokens, logps = ([part[i, :n].tolist() for i, n in ends] for part in (self.tokens.cpu(), self.logps.cpu()))
-        if self.keeps:  # by prompt: the cache row and the tokens whose K/V it holds, which the last's is not among
+        if (
+            self.keeps and self.cache is not None
+        ):  # by prompt: the cache row and the tokens whose K/V it holds, which the last's is not among
             held = [prompt + row[:-1] for prompt, row in zip(prompts, tokens, strict=True)]
             self.kept = self.cache, self.state[4, :rows].argsort(), held
         self.cache = None
@@ -2445,12 +2433,10 @@ transformers.AttentionMaskInterface.register("grouped", transformers.masking_uti
 class GraphSampler(Decoder):
     """Samples with the model's own forward over a static cache: for architectures that Decoder does not know.
 
-    Prompts are padded on the left: all rows write to one slot. A graph needs its cache, so large ones go after use.
-    GPU runs are of df36be3, before LoRA and norms were fused here; `logprob_drift` would show a fault of either."""
+    Prompts are padded on the left: all rows write to one slot. A graph needs its cache, so large ones go after use."""
 
     name = "a graph of the model's own forward"
     compact = False
-    conversation = forget = nullcontext  # nothing is kept from one turn to the next
 
     def __init__(self, policy: Policy):
         self.policy, self.base, config = policy, policy.model.get_base_model(), policy.model.config

@@ -35,7 +35,6 @@ class Listening:
 
     def __init__(self, policy: Any, *texts: list[str]) -> None:
         self.tokenizer, self.inner, self.texts, self.calls = policy.tokenizer, policy.sampler, list(texts), []
-        self.conversation, self.forget = policy.sampler.conversation, policy.sampler.forget
         policy.sampler = self
 
     def generate(self, prompts: list, max_new_tokens: int, temperature: float, seed: int, first_row: int = 0) -> Any:

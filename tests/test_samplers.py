@@ -7,7 +7,6 @@ import random
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -233,16 +232,16 @@ def test_a_rows_samples_depend_on_the_seed_and_its_number_alone(sampler):
 
 
 def test_sample_goes_in_parts_where_memory_is_short_and_gives_the_same(sampler, monkeypatch):
-    built, rows, calls = sampler([3]), PROMPTS * 2, []
+    built, rows = sampler([3]), PROMPTS * 2
     policy = SimpleNamespace(sampler=built)
     whole = sample(policy, rows, 8, 1.0, "seed/1")
     assert whole == sample(policy, rows, 8, 1.0, "seed/1")
     assert whole[0] != sample(policy, rows, 8, 1.0, "seed/2")[0]
     assert sample(policy, [], 8, 1.0, "seed/1") == ([], [])
     monkeypatch.setattr(train, "rows_that_fit", lambda policy, prompts, *_: min(5, len(prompts)))
-    monkeypatch.setattr(built, "forget", lambda: calls.append("forget"))
+    built.keeps, built.kept = True, "K/V"
     parts = sample(policy, rows, 8, 1.0, "seed/1")
-    assert calls == ["forget"], "kept K/V would only take memory"
+    assert (built.keeps, built.kept) == (False, None), "kept K/V would only take memory"
     assert parts[0] == whole[0]
     halves = [sample(policy, rows[i : i + 4], 8, 1.0, "seed/1", first_row=i)[0] for i in range(0, 12, 4)]
     assert sum(halves, []) == whole[0], "as three processes share them out"
@@ -418,24 +417,17 @@ def test_model_and_adapter_save_as_before(tmp_path):
     assert generate(merged, PROMPTS, 6) == expected
 
 
-def test_bad_calls_are_refused():
-    decoder = make("decoder", make_model(CONFIGS["llama"], {}))
-    for prompts, new, temperature in (([[]], 4, 1.0), ([[5]], 0, 1.0), ([[5]], 4, -1.0)):
-        with pytest.raises(ValueError):
-            decoder.generate(prompts, new, temperature, 0)
-
-
 BRIDGE = [40, 41, 42]
 
 
 def converse(decoder, eos, temperature, turns=3, continues=True):
     """Completions of each turn; a turn's prompts are the last turn's, its completions without EOS, and the bridge."""
     said, prompts = [], PROMPTS * 3
-    with decoder.conversation() if continues else nullcontext():
-        for turn in range(turns):
-            said.append(decoder.generate(prompts, 14 + 3 * turn, temperature, turn))
-            rows = zip(prompts, said[-1][0], strict=True)
-            prompts = [p + (row[:-1] if row[-1] in eos else row) + BRIDGE for p, row in rows]
+    for turn in range(turns):
+        decoder.keeps = continues and turn < turns - 1
+        said.append(decoder.generate(prompts, 14 + 3 * turn, temperature, turn))
+        rows = zip(prompts, said[-1][0], strict=True)
+        prompts = [p + (row[:-1] if row[-1] in eos else row) + BRIDGE for p, row in rows]
     return said
 
 
@@ -495,9 +487,9 @@ def test_prompts_that_do_not_extend_what_is_kept_are_prefilled_afresh(change, mo
     prompts = [heads[change], *whole[1:]] if change in heads else others[change]
     expected = decoder.generate(prompts, 8, 0.0, 0)[0]
     sizes = spy_on_prefills(monkeypatch, decoder)
-    with decoder.conversation():
-        assert decoder.generate(PROMPTS, 6, 0.0, 0)[0] == first
-        assert decoder.generate(prompts, 8, 0.0, 0)[0] == expected
+    decoder.keeps = True
+    assert decoder.generate(PROMPTS, 6, 0.0, 0)[0] == first
+    assert decoder.generate(prompts, 8, 0.0, 0)[0] == expected
     assert sizes[1] >= sum(map(len, prompts))
 
 
@@ -507,28 +499,19 @@ def test_several_prompts_go_on_from_one_kept_row(monkeypatch):
     prompts = [p + row + BRIDGE + [tail] for p, row in zip(PROMPTS, first, strict=True) for tail in (50, 50, 51)]
     expected = decoder.generate(prompts, 8, 1.0, 7)[0]
     sizes = spy_on_prefills(monkeypatch, decoder)
-    with decoder.conversation():
-        decoder.generate(PROMPTS, 6, 0.0, 0)
-        assert decoder.generate(prompts, 8, 1.0, 7)[0] == expected
+    decoder.keeps = True
+    decoder.generate(PROMPTS, 6, 0.0, 0)
+    assert decoder.generate(prompts, 8, 1.0, 7)[0] == expected
     new = len(BRIDGE) + 2  # the last token of attempt 1, the bridge and the tail
     assert sizes[1] == len({*map(tuple, PROMPTS)}) * 2 * new, "equal prompts go on once"
 
 
-def test_kv_is_kept_inside_a_conversation_only_and_freed_however_it_ends():
+def test_kv_is_kept_for_one_generate_and_only_where_it_is_asked():
     decoder = make("decoder", make_model(CONFIGS["qwen2"], {}))
-    decoder.generate(PROMPTS, 4, 0.0, 0)
-    assert decoder.kept is None
-    with pytest.raises(ZeroDivisionError), decoder.conversation():
+    for keeps in (False, True, False):
+        decoder.keeps = keeps
         decoder.generate(PROMPTS, 4, 0.0, 0)
-        assert decoder.kept is not None
-        raise ZeroDivisionError
-    assert (decoder.kept, decoder.cache, decoder.keeps) == (None, None, False)
-    with decoder.conversation():
-        decoder.generate(PROMPTS, 4, 0.0, 0)
-        decoder.forget()
-        assert decoder.kept is None
-        decoder.generate(PROMPTS, 4, 0.0, 0)
-        assert decoder.kept is None
+        assert (decoder.kept is not None, decoder.cache) == (keeps, None)
 
 
 INTERPRETED = """
@@ -543,10 +526,11 @@ for splits, prompts in ((None, t.PROMPTS[:2]), (4, t.PROMPTS[4:6])):
     assert tokens == expected[0], (tokens, expected[0])
     torch.testing.assert_close(torch.tensor(logps), torch.tensor(expected[1]), atol=1e-4, rtol=0)
     longer = [[*p, *row, 40, 41] for p, row in zip(prompts, tokens)]
-    with kernels.conversation():
-        kernels.generate(prompts, 3, 0.0, 0)
-        assert kernels.kept
-        tokens, logps = kernels.generate(longer, 2, 0.0, 0)
+    kernels.keeps = True
+    kernels.generate(prompts, 3, 0.0, 0)
+    assert kernels.kept
+    kernels.keeps = False
+    tokens, logps = kernels.generate(longer, 2, 0.0, 0)
     expected = plain.generate(longer, 2, 0.0, 0)
     assert tokens == expected[0], (tokens, expected[0])
     torch.testing.assert_close(torch.tensor(logps), torch.tensor(expected[1]), atol=1e-4, rtol=0)
