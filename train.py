@@ -4,29 +4,22 @@
 Kumar et al., "Training Language Models to Self-Correct via Reinforcement Learning", ICLR 2025 (arXiv 2409.12917).
 
 The model answers a problem x1 (attempt 1, y1). It is told that there may be an error, not whether there is one
-(x2 = x1 + y1 + instruction), and answers again (attempt 2, y2). Both attempts are sampled from the policy being
-trained, one gradient step a batch. r is the reward of an answer, pi_ref the model before any training.
+(x2 = x1 + y1 + instruction), and answers again (attempt 2, y2). r is an answer's reward, KLi is KL(pi(.|xi) ||
+pi_ref(.|xi)), pi_ref the model before training. Each attempt is credited with its own reward only.
 
     Stage I     max  E[ r(y2)                                         ]  - beta2 KL1 - beta1 KL2
     Stage II    max  E[ r(y1)  +  r(y2) + alpha * (r(y2) - r(y1))     ]  - beta1 KL1 - beta1 KL2
 
-KLi is KL(pi(.|xi) || pi_ref(.|xi)). Stage I holds attempt 1 where it was (a strict beta2) while attempt 2 learns to
-improve on it. Without it the policy learns to answer once and to copy. Stage II trains both attempts and pays attempt 2
-for progress. Each attempt is credited with its own reward only.
+Stage I holds attempt 1 where it was (a strict beta2) while attempt 2 learns to improve on it. Without it the policy
+learns to answer once and to copy. Stage II trains both attempts and pays attempt 2 for progress.
 
-How it differs from a plain implementation, and why:
-- The reference is the same LoRA model with its adapter switched off: no second copy of the weights.
-- Both attempts of a conversation are read from one forward pass: attempt 2's row begins with attempt 1's.
-- The loss is a sum over conversations, so each micro-batch goes forward and backward alone. Memory depends on the
-  micro-batch, not on the batch, and no two graphs are alive at once.
-- Token log-probs are computed from hidden states in chunks: no [B, T, V] tensor exists.
+- pi_ref is the same LoRA model with its adapter off: no second copy of the weights.
+- Both attempts are read from one forward pass, and token log-probs computed in chunks: no [B, T, V] tensor exists.
+- The loss is a sum over conversations: memory depends on the micro-batch, not on the batch.
 - All randomness comes from (seed, stage, step, attempt, row), so a resumed run repeats an uninterrupted one exactly.
 
-    python train.py --config configs/tiny.yaml                 # two stages on a laptop's CPU, in minutes
-    python train.py --config configs/gsm8k.yaml [--smoke 8]    # one GPU, with Unsloth
-    python train.py --help                                     # flags, and every key with its default and meaning
-
-The file reads in the order in which a run meets it; the samplers, which know a model and nothing of SCoRe, come last.
+`python train.py --help` lists the flags, and every key. The file reads in the order in which a run meets it; the
+samplers, which know a model and nothing of SCoRe, come last.
 """
 
 from __future__ import annotations
@@ -56,9 +49,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
-import pydantic
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 import reward_function as rewards
 from reward_function import ANSWER_EXTRACTORS, MATCH_FNS, RewardError, answer_reader, did_you_mean
@@ -136,7 +128,7 @@ class RewardConfig(Section):
     answer_extractor: str = key("identity", "how an answer is read from an output and from a reference")
     match: str = key("equal", "when two answers are the same")
 
-    @pydantic.field_validator("module", "fn", "answer_extractor", "match")
+    @field_validator("module", "fn", "answer_extractor", "match")
     @classmethod
     def is_there(cls, value: Any, found: Any) -> Any:
         """Runs the module. Its functions can be named by the other keys, so if it fails they are not judged."""
@@ -222,9 +214,9 @@ class UserError(Exception):
     """Bad user input. The message names the setting and the fix. Exit code 2."""
 
 
-def refuse(faults: dict[str, Any]) -> None:
+def refuse(*faults: tuple[Any, str]) -> None:
     """Raises UserError for the faults that are there, a line each. A line begins with the key or flag to change."""
-    if lines := [line for line, there in faults.items() if there]:
+    if lines := [line for there, line in faults if there]:
         raise UserError("\n".join(lines))
 
 
@@ -256,19 +248,17 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Namespace, Config
     parser.add_argument("--eval-only", action="store_true", help="evaluate the base model, or --resume-adapter")
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in the way")
     parser.add_argument("--quiet", action="store_true", help="print the final table and errors only")
-    parser.error = lambda message: refuse({" ".join(message.split()): True})  # argparse's own prints the usage too
+    parser.error = lambda message: refuse((True, " ".join(message.split())))  # argparse's own prints the usage too
     args = parser.parse_args(argv)
     config = read_config(args.config, args.set)
-    stage2, adapter, few = args.start_stage == 2, args.resume_adapter, args.smoke is not None and args.smoke < 4
-    clash = args.resume and (args.eval_only or args.overwrite or adapter or stage2)
-    faults = {
-        "--start-stage 2: needs --resume-adapter DIR, and does not go with --eval-only": stage2
-        and (args.eval_only or not adapter),
-        "--resume-adapter: goes with --start-stage 2 or --eval-only": adapter and not (stage2 or args.eval_only),
-        "--resume: goes on with the run as it is; leave out --eval-only, --overwrite, --start-stage": clash,
-        f"--smoke {args.smoke}: needs 4 examples or more, for two steps of two": few,
-    }
-    refuse(faults)
+    adapter, stage2 = args.resume_adapter, args.start_stage == 2
+    few, clash = args.smoke is not None and args.smoke < 4, args.eval_only or args.overwrite or stage2
+    refuse(
+        (stage2 and (args.eval_only or not adapter), "--start-stage 2: needs --resume-adapter, and no --eval-only"),
+        (adapter and not (stage2 or args.eval_only), "--resume-adapter: goes with --start-stage 2 or --eval-only"),
+        (args.resume and clash, "--resume: goes on as it was; leave out --eval-only, --overwrite, --start-stage"),
+        (few, f"--smoke {args.smoke}: needs 4 examples or more, for two steps of two"),
+    )
     if args.smoke:
         shrink_for_smoke(config, args.smoke)
     if adapter:
@@ -313,17 +303,16 @@ def check_config(tree: dict[str, Any]) -> Config:
     except ValidationError as error:
         raise UserError("\n".join(dict.fromkeys(map(fault_line, error.errors())))) from None
     train, functions, weights = config.train, config.reward.fn, config.reward.weights
-    rollouts, compared = train.num_generations, train.baseline != "none"
+    rollouts, corrections, compared = train.num_generations, train.stage1_corrections, train.baseline != "none"
     alone = rollouts == 1 or not compared
     few = "the baseline compares first attempts, of which a step needs 2 or more; raise it"
-    faults = {
-        f"reward.weights: needs {len(functions)}, one a function": len(weights or functions) != len(functions),
-        f"train.stage1_corrections: must divide train.num_generations, {rollouts}": rollouts % train.stage1_corrections,
-        f"train.stage1_batch_size: {few}": compared and train.stage1_batch_size * rollouts == train.stage1_corrections,
-        f"train.stage2_batch_size: {few}": compared and train.stage2_batch_size * rollouts == 1,
-        "train.oversample: needs a baseline, num_generations > 1": train.oversample > 1 and alone,
-    }
-    refuse(faults)
+    refuse(
+        (len(weights or functions) != len(functions), f"reward.weights: needs {len(functions)}, one a function"),
+        (rollouts % corrections, f"train.stage1_corrections: must divide train.num_generations, {rollouts}"),
+        (compared and train.stage1_batch_size * rollouts == corrections, f"train.stage1_batch_size: {few}"),
+        (compared and train.stage2_batch_size * rollouts == 1, f"train.stage2_batch_size: {few}"),
+        (train.oversample > 1 and alone, "train.oversample: needs a baseline, num_generations > 1"),
+    )
     return config
 
 
@@ -395,8 +384,7 @@ from torch.optim import AdamW, Optimizer
 
 # Unsloth runs on these accelerators and must be imported before transformers and peft. Where it does not serve,
 # transformers + PEFT do: load_policy decides, nothing after it asks.
-DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-DEVICE = torch.device("cpu") if DEVICE is None or DEVICE.type not in ("cuda", "xpu") else DEVICE
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu")
 if DEVICE.type != "cpu":
     with redirect_stdout(io.StringIO()):  # its banner
         import unsloth  # noqa: F401
@@ -576,11 +564,10 @@ def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
     train.max_prompt_length_attempt2 = given = train.max_prompt_length_attempt2 or need
     longest = given + train.max_new_tokens_attempt2
     config.model.max_seq_length = whole = config.model.max_seq_length or longest
-    faults = {
-        f"train.max_prompt_length_attempt2: needs {need} or more to hold attempt 1; leave it out": given < need,
-        f"model.max_seq_length: a conversation can take {longest} tokens; leave it out": whole < longest,
-    }
-    refuse(faults)
+    refuse(
+        (given < need, f"train.max_prompt_length_attempt2: needs {need} or more to hold attempt 1; leave it out"),
+        (whole < longest, f"model.max_seq_length: a conversation can take {longest} tokens; leave it out"),
+    )
     return bridge, "<think>" if tail.rstrip().endswith("<think>") else ""
 
 
