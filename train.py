@@ -18,8 +18,7 @@ learns to answer once and to copy. Stage II trains both attempts and pays attemp
 - The loss is a sum over conversations: memory depends on the micro-batch, not on the batch.
 - All randomness comes from (seed, stage, step, attempt, row), so a resumed run repeats an uninterrupted one exactly.
 
-`python train.py --help` lists the flags, and every key. The file reads in the order in which a run meets it; the
-samplers, which know a model and nothing of SCoRe, come last.
+The file reads in the order in which a run meets it; the samplers, which know nothing of SCoRe, come last.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, field_validator
 
 import reward_function as rewards
 from reward_function import ANSWER_EXTRACTORS, MATCH_FNS, RewardError, answer_reader, did_you_mean
@@ -68,8 +67,8 @@ def key(default: Any, meaning: str, **bounds: Any) -> Any:
     return Field(default, description=f"{shown}: {meaning}", **bounds)
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+class Section(BaseModel, extra="forbid", strict=True):
+    """A mapping in the YAML file, of these keys and no others."""
 
 
 class LoraConfig(Section):
@@ -103,8 +102,7 @@ class DatasetConfig(Section):
     test_split_size: int | None = key(None, "test rows to hold out of `split`, or to keep of test; null: all", ge=1)
 
 
-class WorkedExample(Section):
-    model_config = ConfigDict(str_strip_whitespace=True)
+class WorkedExample(Section, str_strip_whitespace=True):
     input: str = key(..., "a problem", min_length=1)
     output: str = key(..., "its answer in the format", min_length=1)
 
@@ -346,19 +344,19 @@ def check_adapter(folder: Path, config: Config) -> None:
     place, name, lora = f"--resume-adapter {folder}", config.model.name, config.model.lora
     try:
         saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        base, modules = str(saved["base_model_name_or_path"]), sorted(lora.target_modules)
+        base, r, alpha = str(saved["base_model_name_or_path"]), saved["r"], saved["lora_alpha"]
     except (OSError, ValueError, TypeError, KeyError):
         raise UserError(f"{place}: no sound adapter there; give one such as outputs/NAME/stage1") from None
-    pairs = {
-        "model.name": (name if os.path.realpath(base) == os.path.realpath(name) else base, name),
-        "model.lora.r": (saved.get("r"), lora.r),
-        "model.lora.alpha": (saved.get("lora_alpha"), lora.alpha),
-    } | {name: (saved.get(name) or None, None) for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")}
-    if not any(module == "all-linear" or "." in module for module in modules):  # else the weights' names tell
-        pairs["model.lora.target_modules"] = (sorted(saved.get("target_modules") or []), modules)
-    for key, (theirs, ours) in pairs.items():
-        if theirs != ours:
-            raise UserError(f"{place}: trained with {key} {theirs}, and here it is {ours}")
+    modules, ours = sorted(saved.get("target_modules") or []), sorted(lora.target_modules)
+    names_differ = modules != ours and not any(part == "all-linear" or "." in part for part in ours)  # or weights tell
+    kinds = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if saved.get(name)]
+    refuse(
+        (os.path.realpath(base) != os.path.realpath(name), f"{place}: trained on another model.name, {base}"),
+        (r != lora.r, f"{place}: trained with model.lora.r {r}, and here it is {lora.r}"),
+        (alpha != lora.alpha, f"{place}: trained with model.lora.alpha {alpha}, and here it is {lora.alpha}"),
+        (names_differ, f"{place}: trained with model.lora.target_modules {modules}, and here they are {ours}"),
+        (kinds, f"{place}: trained with {', '.join(kinds)}, which no config here has"),
+    )
 
 
 if __name__ == "__main__":  # here, so that a mistyped key costs a second, not the minute that the imports may take
@@ -382,10 +380,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW, Optimizer
 
-# Unsloth runs on these accelerators and must be imported before transformers and peft. Where it does not serve,
-# transformers + PEFT do: load_policy decides, nothing after it asks.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu")
-if DEVICE.type != "cpu":
+if DEVICE.type != "cpu":  # Unsloth runs on these, and must be imported before transformers and peft
     with redirect_stdout(io.StringIO()):  # its banner
         import unsloth  # noqa: F401
 
@@ -469,8 +465,6 @@ def run_stages(run: Run, policy: Policy, data: Splits, steps: dict[int, int]) ->
 
     start_stage, done = run.state["stage"], run.state["step"]
     stages = [stage for stage in range(start_stage, 3) if steps[stage]]
-    if done >= steps[start_stage] and not steps.get(start_stage + 1):
-        log("All steps have been taken; nothing is left to train.")
     with reference(policy):  # an adapter to start from is not the pretrained model
         run.evaluate(policy, test, "pretrain", 0)
     if start_stage == 2 and done == 0:
@@ -502,8 +496,7 @@ def load_tokenizer(config: Config) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=config.model.trust_remote_code)
     except Exception as error:  # a wrong name, no network, or a damaged file: each library has its own class for it
-        place = "there" if os.path.isdir(name) else "on the hub, and no folder here"
-        raise UserError(f"model.name: {name}: no tokenizer {place}: {first_line(error)}") from None
+        raise UserError(f"model.name: {name}: no tokenizer, in a folder or on the hub: {first_line(error)}") from None
     if template:
         with suppress(OSError, ValueError):  # no file: it is the template itself
             template = Path(template).expanduser().read_bytes().decode("utf-8-sig", errors="replace")
@@ -520,33 +513,32 @@ def load_tokenizer(config: Config) -> Any:
     return tokenizer
 
 
-def opening_turns(config: Config) -> list[dict[str, str]]:
-    """The system prompt and the worked examples as turns of the chat."""
-    turns = [("system", config.prompts.system)] if config.prompts.system else []
-    for example in config.prompts.examples:
-        turns += [("user", example.input), ("assistant", example.output)]
-    return [{"role": role, "content": text} for role, text in turns]
+def opening_turns(config: Config, *said: str) -> list[dict[str, str]]:
+    """The system prompt, the worked examples and what was `said` after them as turns of the chat."""
+    system, examples = config.prompts.system, config.prompts.examples
+    texts = [text for example in examples for text in (example.input, example.output)] + list(said)
+    turns = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
+    return [{"role": "system", "content": system}] + turns if system else turns
 
 
 def chat_text(tokenizer: Any, config: Config, *said: str) -> str:
-    """The chat template's text of system prompt + worked examples + `said`, open for the assistant to write.
-
-    The template renders markers, which then give way to the texts: so these stand verbatim, also where the template
-    cuts the reasoning out of earlier turns. Raises UserError for a part that it does not render."""
-    system, opening = config.prompts.system, opening_turns(config)
-    shown = [turn["content"] for turn in opening if turn["role"] != "system"]
-    texts = {f"TEXTOFTURN{number}STANDSHERE": text for number, text in enumerate([*shown, *said])}
-    marked = [{"role": ("user", "assistant")[number % 2], "content": marker} for number, marker in enumerate(texts)]
+    """The chat template's text of system prompt + worked examples + `said`, open for the assistant to write. It renders
+    markers, which then give way to the texts: so these stand verbatim, also where the template cuts the reasoning out
+    of earlier turns. Raises UserError for a part that it does not render."""
+    system, texts, turns = config.prompts.system, {}, opening_turns(config, *said)
+    for number, turn in enumerate(turns[bool(system) :]):
+        marker = f"TEXTOFTURN{number}STANDSHERE"
+        texts[marker], turn["content"] = turn["content"], marker
     how = config.model.chat_template_kwargs | {"tokenize": False, "add_generation_prompt": True}
     try:
-        text = tokenizer.apply_chat_template(opening[: bool(system)] + marked, **how)
+        text = tokenizer.apply_chat_template(turns, **how)
     except Exception as error:  # templates raise what they like
         at_fault = "prompts.system" if system and "system" in str(error).lower() else "model.chat_template"
         raise UserError(f"{at_fault}: the chat template refuses it: {first_line(error)}") from None
     if system.strip() not in text:
         raise UserError("prompts.system: the chat template does not render it; put it into the problems")
     if missing := [number for number, marker in enumerate(texts) if text.count(marker) != 1]:
-        at_fault = "prompts.examples" if missing[0] < len(shown) else "model.chat_template"
+        at_fault = "prompts.examples" if missing[0] < len(texts) - len(said) else "model.chat_template"
         raise UserError(f"{at_fault}: the chat template must render each turn once; leave examples out, or change it")
     return re.sub("|".join(texts), lambda marker: texts[marker[0]], text)
 
@@ -554,9 +546,8 @@ def chat_text(tokenizer: Any, config: Config, *said: str) -> str:
 def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
     """The token ids that stand between attempt 1's last token and attempt 2's first, and the think tag if left open.
 
-    The attempt-2 prompt is attempt-1 prompt + attempt 1 verbatim + bridge. Rendering the conversation through the
-    template instead would cut the reasoning out of attempt 1 where the template strips <think> from history (Qwen3),
-    and would tokenise anew what was sampled. Fills in the budgets that the config leaves open. Raises UserError."""
+    Attempt 2's prompt is attempt 1's + attempt 1 verbatim + bridge: the template would cut the reasoning out of attempt
+    1 (Qwen3's), and its text be tokenised anew. Fills in the budgets that the config leaves open. Raises UserError."""
     attempt1, train = "FIRSTATTEMPTSTANDSHERE", config.train
     _, _, tail = chat_text(tokenizer, config, "?", attempt1, config.prompts.self_correction).partition(attempt1)
     bridge = tokenizer(tail, add_special_tokens=False)["input_ids"]
@@ -679,9 +670,8 @@ def read_row(question: Any, target: Any, extract: Any, config: Config, tokenizer
 
 def first_prompt(question: str, config: Config, tokenizer: Any) -> list[int]:
     """The token ids of attempt 1's prompt. One over budget is refused, never cut. Raises UserError."""
-    most = config.train.max_prompt_length_attempt1
     prompt = tokenizer(chat_text(tokenizer, config, question), add_special_tokens=False)["input_ids"]
-    if len(prompt) > most:
+    if len(prompt) > (most := config.train.max_prompt_length_attempt1):
         raise UserError(f"train.max_prompt_length_attempt1: {most}, and a prompt has {len(prompt)} tokens; raise it")
     return prompt
 
@@ -701,18 +691,17 @@ def fingerprints(data: Splits, bridge: list[int], config: Config) -> dict[str, s
 
 
 def stage_batches(stage: int, examples: int, config: Config) -> list[list[int]]:
-    """The batches of a whole stage as row indices: a seeded shuffle each epoch, leftovers (under a batch) left out.
-
-    A function of its arguments alone, so a resumed run finds its place by the step's number. Raises UserError."""
+    """The batches of a whole stage as row indices: a seeded shuffle each epoch, leftovers (under a batch) left out. A
+    function of its arguments alone, so a resumed run finds its place by the step's number. Raises UserError."""
     train = config.train
     problems, epochs, steps = (getattr(train, f"stage{stage}_{key}") for key in ("batch_size", "epochs", "steps"))
     if not train.has_stage(stage):
         return []
     size = problems * train.oversample
     steps = round(epochs * (examples // size)) if steps is None else steps
-    asked = f"{problems} x train.oversample {train.oversample}"
     if examples < size:
-        raise UserError(f"train.stage{stage}_batch_size: {asked} is more than the {examples} train examples; lower it")
+        what = f"{problems} x train.oversample {train.oversample} is more than the {examples} train examples"
+        raise UserError(f"train.stage{stage}_batch_size: {what}; lower it")
     if not steps:
         raise UserError(f"train.stage{stage}_epochs: {epochs} is less than one step; raise it, or 0 skips the stage")
     batches = []
