@@ -250,12 +250,12 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Namespace, Config
     args = parser.parse_args(argv)
     config = read_config(args.config, args.set)
     adapter, stage2 = args.resume_adapter, args.start_stage == 2
-    few, clash = args.smoke is not None and args.smoke < 4, args.eval_only or args.overwrite or stage2
+    clash = args.eval_only or args.overwrite or stage2
     refuse(
         (stage2 and (args.eval_only or not adapter), "--start-stage 2: needs --resume-adapter, and no --eval-only"),
         (adapter and not (stage2 or args.eval_only), "--resume-adapter: goes with --start-stage 2 or --eval-only"),
         (args.resume and clash, "--resume: goes on as it was; leave out --eval-only, --overwrite, --start-stage"),
-        (few, f"--smoke {args.smoke}: needs 4 examples or more, for two steps of two"),
+        (args.smoke is not None and args.smoke < 4, f"--smoke {args.smoke}: needs 4 or more, for two steps of two"),
     )
     if args.smoke:
         shrink_for_smoke(config, args.smoke)
@@ -465,6 +465,8 @@ def run_stages(run: Run, policy: Policy, data: Splits, steps: dict[int, int]) ->
 
     start_stage, done = run.state["stage"], run.state["step"]
     stages = [stage for stage in range(start_stage, 3) if steps[stage]]
+    if done >= steps[start_stage] and not steps.get(start_stage + 1):
+        log("All steps have been taken; nothing is left to train.")
     with reference(policy):  # an adapter to start from is not the pretrained model
         run.evaluate(policy, test, "pretrain", 0)
     if start_stage == 2 and done == 0:
@@ -496,7 +498,8 @@ def load_tokenizer(config: Config) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=config.model.trust_remote_code)
     except Exception as error:  # a wrong name, no network, or a damaged file: each library has its own class for it
-        raise UserError(f"model.name: {name}: no tokenizer, in a folder or on the hub: {first_line(error)}") from None
+        place = "there" if os.path.isdir(name) else "on the hub, and no folder here"
+        raise UserError(f"model.name: {name}: no tokenizer {place}: {first_line(error)}") from None
     if template:
         with suppress(OSError, ValueError):  # no file: it is the template itself
             template = Path(template).expanduser().read_bytes().decode("utf-8-sig", errors="replace")
@@ -507,8 +510,7 @@ def load_tokenizer(config: Config) -> Any:
         with suppress(Exception):  # multimodal families may keep it beside the tokenizer, for their processor
             file = transformers.utils.cached_file(name, "chat_template.json")
             tokenizer.chat_template = json.loads(Path(file).read_text(encoding="utf-8"))["chat_template"]
-    made_up = len(tokenizer) <= len(tokenizer.all_special_tokens)  # by transformers, where there are no files
-    if made_up or not tokenizer.chat_template:
+    if not tokenizer.chat_template or len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up, without files
         raise UserError(f"model.name: {name} has no tokenizer with a chat template; set model.chat_template to one")
     return tokenizer
 
@@ -700,8 +702,7 @@ def stage_batches(stage: int, examples: int, config: Config) -> list[list[int]]:
     size = problems * train.oversample
     steps = round(epochs * (examples // size)) if steps is None else steps
     if examples < size:
-        what = f"{problems} x train.oversample {train.oversample} is more than the {examples} train examples"
-        raise UserError(f"train.stage{stage}_batch_size: {what}; lower it")
+        raise UserError(f"train.stage{stage}_batch_size: x oversample = {size}, only {examples} train rows; lower it")
     if not steps:
         raise UserError(f"train.stage{stage}_epochs: {epochs} is less than one step; raise it, or 0 skips the stage")
     batches = []
