@@ -4,29 +4,21 @@
 Kumar et al., "Training Language Models to Self-Correct via Reinforcement Learning", ICLR 2025 (arXiv 2409.12917).
 
 The model answers a problem x1 (attempt 1, y1). It is told that there may be an error, not whether there is one
-(x2 = x1 + y1 + instruction), and answers again (attempt 2, y2). Both attempts are sampled from the policy being
-trained, one gradient step a batch. r is the reward of an answer, pi_ref the model before any training.
+(x2 = x1 + y1 + instruction), and answers again (attempt 2, y2). r is an answer's reward, KLi is KL(pi(.|xi) ||
+pi_ref(.|xi)), pi_ref the model before training. Each attempt is credited with its own reward only.
 
     Stage I     max  E[ r(y2)                                         ]  - beta2 KL1 - beta1 KL2
     Stage II    max  E[ r(y1)  +  r(y2) + alpha * (r(y2) - r(y1))     ]  - beta1 KL1 - beta1 KL2
 
-KLi is KL(pi(.|xi) || pi_ref(.|xi)). Stage I holds attempt 1 where it was (a strict beta2) while attempt 2 learns to
-improve on it. Without it the policy learns to answer once and to copy. Stage II trains both attempts and pays attempt 2
-for progress. Each attempt is credited with its own reward only.
+Stage I holds attempt 1 where it was (a strict beta2) while attempt 2 learns to improve on it. Without it the policy
+learns to answer once and to copy. Stage II trains both attempts and pays attempt 2 for progress.
 
-How it differs from a plain implementation, and why:
-- The reference is the same LoRA model with its adapter switched off: no second copy of the weights.
-- Both attempts of a conversation are read from one forward pass: attempt 2's row begins with attempt 1's.
-- The loss is a sum over conversations, so each micro-batch goes forward and backward alone. Memory depends on the
-  micro-batch, not on the batch, and no two graphs are alive at once.
-- Token log-probs are computed from hidden states in chunks: no [B, T, V] tensor exists.
+- pi_ref is the same LoRA model with its adapter off: no second copy of the weights.
+- Both attempts are read from one forward pass, and token log-probs computed in chunks: no [B, T, V] tensor exists.
+- The loss is a sum over conversations: memory depends on the micro-batch, not on the batch.
 - All randomness comes from (seed, stage, step, attempt, row), so a resumed run repeats an uninterrupted one exactly.
 
-    python train.py --config configs/tiny.yaml                 # two stages on a laptop's CPU, in minutes
-    python train.py --config configs/gsm8k.yaml [--smoke 8]    # one GPU, with Unsloth
-    python train.py --help                                     # flags, and every key with its default and meaning
-
-The file reads in the order in which a run meets it; the samplers, which know a model and nothing of SCoRe, come last.
+The file reads in the order in which a run meets it; the samplers, which know nothing of SCoRe, come last.
 """
 
 from __future__ import annotations
@@ -56,9 +48,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
-import pydantic
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, field_validator
 
 import reward_function as rewards
 from reward_function import ANSWER_EXTRACTORS, MATCH_FNS, RewardError, answer_reader, did_you_mean
@@ -76,8 +67,8 @@ def key(default: Any, meaning: str, **bounds: Any) -> Any:
     return Field(default, description=f"{shown}: {meaning}", **bounds)
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+class Section(BaseModel, extra="forbid", strict=True):
+    """A mapping in the YAML file, of these keys and no others."""
 
 
 class LoraConfig(Section):
@@ -111,8 +102,7 @@ class DatasetConfig(Section):
     test_split_size: int | None = key(None, "test rows to hold out of `split`, or to keep of test; null: all", ge=1)
 
 
-class WorkedExample(Section):
-    model_config = ConfigDict(str_strip_whitespace=True)
+class WorkedExample(Section, str_strip_whitespace=True):
     input: str = key(..., "a problem", min_length=1)
     output: str = key(..., "its answer in the format", min_length=1)
 
@@ -136,7 +126,7 @@ class RewardConfig(Section):
     answer_extractor: str = key("identity", "how an answer is read from an output and from a reference")
     match: str = key("equal", "when two answers are the same")
 
-    @pydantic.field_validator("module", "fn", "answer_extractor", "match")
+    @field_validator("module", "fn", "answer_extractor", "match")
     @classmethod
     def is_there(cls, value: Any, found: Any) -> Any:
         """Runs the module. Its functions can be named by the other keys, so if it fails they are not judged."""
@@ -222,9 +212,9 @@ class UserError(Exception):
     """Bad user input. The message names the setting and the fix. Exit code 2."""
 
 
-def refuse(faults: dict[str, Any]) -> None:
+def refuse(*faults: tuple[Any, str]) -> None:
     """Raises UserError for the faults that are there, a line each. A line begins with the key or flag to change."""
-    if lines := [line for line, there in faults.items() if there]:
+    if lines := [line for there, line in faults if there]:
         raise UserError("\n".join(lines))
 
 
@@ -256,19 +246,17 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Namespace, Config
     parser.add_argument("--eval-only", action="store_true", help="evaluate the base model, or --resume-adapter")
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in the way")
     parser.add_argument("--quiet", action="store_true", help="print the final table and errors only")
-    parser.error = lambda message: refuse({" ".join(message.split()): True})  # argparse's own prints the usage too
+    parser.error = lambda message: refuse((True, " ".join(message.split())))  # argparse's own prints the usage too
     args = parser.parse_args(argv)
     config = read_config(args.config, args.set)
-    stage2, adapter, few = args.start_stage == 2, args.resume_adapter, args.smoke is not None and args.smoke < 4
-    clash = args.resume and (args.eval_only or args.overwrite or adapter or stage2)
-    faults = {
-        "--start-stage 2: needs --resume-adapter DIR, and does not go with --eval-only": stage2
-        and (args.eval_only or not adapter),
-        "--resume-adapter: goes with --start-stage 2 or --eval-only": adapter and not (stage2 or args.eval_only),
-        "--resume: goes on with the run as it is; leave out --eval-only, --overwrite, --start-stage": clash,
-        f"--smoke {args.smoke}: needs 4 examples or more, for two steps of two": few,
-    }
-    refuse(faults)
+    adapter, stage2 = args.resume_adapter, args.start_stage == 2
+    clash = args.eval_only or args.overwrite or stage2
+    refuse(
+        (stage2 and (args.eval_only or not adapter), "--start-stage 2: needs --resume-adapter, and no --eval-only"),
+        (adapter and not (stage2 or args.eval_only), "--resume-adapter: goes with --start-stage 2 or --eval-only"),
+        (args.resume and clash, "--resume: goes on as it was; leave out --eval-only, --overwrite, --start-stage"),
+        (args.smoke is not None and args.smoke < 4, f"--smoke {args.smoke}: needs 4 or more, for two steps of two"),
+    )
     if args.smoke:
         shrink_for_smoke(config, args.smoke)
     if adapter:
@@ -313,17 +301,16 @@ def check_config(tree: dict[str, Any]) -> Config:
     except ValidationError as error:
         raise UserError("\n".join(dict.fromkeys(map(fault_line, error.errors())))) from None
     train, functions, weights = config.train, config.reward.fn, config.reward.weights
-    rollouts, compared = train.num_generations, train.baseline != "none"
+    rollouts, corrections, compared = train.num_generations, train.stage1_corrections, train.baseline != "none"
     alone = rollouts == 1 or not compared
     few = "the baseline compares first attempts, of which a step needs 2 or more; raise it"
-    faults = {
-        f"reward.weights: needs {len(functions)}, one a function": len(weights or functions) != len(functions),
-        f"train.stage1_corrections: must divide train.num_generations, {rollouts}": rollouts % train.stage1_corrections,
-        f"train.stage1_batch_size: {few}": compared and train.stage1_batch_size * rollouts == train.stage1_corrections,
-        f"train.stage2_batch_size: {few}": compared and train.stage2_batch_size * rollouts == 1,
-        "train.oversample: needs a baseline, num_generations > 1": train.oversample > 1 and alone,
-    }
-    refuse(faults)
+    refuse(
+        (len(weights or functions) != len(functions), f"reward.weights: needs {len(functions)}, one a function"),
+        (rollouts % corrections, f"train.stage1_corrections: must divide train.num_generations, {rollouts}"),
+        (compared and train.stage1_batch_size * rollouts == corrections, f"train.stage1_batch_size: {few}"),
+        (compared and train.stage2_batch_size * rollouts == 1, f"train.stage2_batch_size: {few}"),
+        (train.oversample > 1 and alone, "train.oversample: needs a baseline, num_generations > 1"),
+    )
     return config
 
 
@@ -357,19 +344,19 @@ def check_adapter(folder: Path, config: Config) -> None:
     place, name, lora = f"--resume-adapter {folder}", config.model.name, config.model.lora
     try:
         saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        base, modules = str(saved["base_model_name_or_path"]), sorted(lora.target_modules)
+        base, r, alpha = str(saved["base_model_name_or_path"]), saved["r"], saved["lora_alpha"]
     except (OSError, ValueError, TypeError, KeyError):
         raise UserError(f"{place}: no sound adapter there; give one such as outputs/NAME/stage1") from None
-    pairs = {
-        "model.name": (name if os.path.realpath(base) == os.path.realpath(name) else base, name),
-        "model.lora.r": (saved.get("r"), lora.r),
-        "model.lora.alpha": (saved.get("lora_alpha"), lora.alpha),
-    } | {name: (saved.get(name) or None, None) for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")}
-    if not any(module == "all-linear" or "." in module for module in modules):  # else the weights' names tell
-        pairs["model.lora.target_modules"] = (sorted(saved.get("target_modules") or []), modules)
-    for key, (theirs, ours) in pairs.items():
-        if theirs != ours:
-            raise UserError(f"{place}: trained with {key} {theirs}, and here it is {ours}")
+    modules, ours = sorted(saved.get("target_modules") or []), sorted(lora.target_modules)
+    names_differ = modules != ours and not any(part == "all-linear" or "." in part for part in ours)  # or weights tell
+    kinds = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if saved.get(name)]
+    refuse(
+        (os.path.realpath(base) != os.path.realpath(name), f"{place}: trained on another model.name, {base}"),
+        (r != lora.r, f"{place}: trained with model.lora.r {r}, and here it is {lora.r}"),
+        (alpha != lora.alpha, f"{place}: trained with model.lora.alpha {alpha}, and here it is {lora.alpha}"),
+        (names_differ, f"{place}: trained with model.lora.target_modules {modules}, and here they are {ours}"),
+        (kinds, f"{place}: trained with {', '.join(kinds)}, which no config here has"),
+    )
 
 
 if __name__ == "__main__":  # here, so that a mistyped key costs a second, not the minute that the imports may take
@@ -393,11 +380,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW, Optimizer
 
-# Unsloth runs on these accelerators and must be imported before transformers and peft. Where it does not serve,
-# transformers + PEFT do: load_policy decides, nothing after it asks.
-DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-DEVICE = torch.device("cpu") if DEVICE is None or DEVICE.type not in ("cuda", "xpu") else DEVICE
-if DEVICE.type != "cpu":
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu")
+if DEVICE.type != "cpu":  # Unsloth runs on these, and must be imported before transformers and peft
     with redirect_stdout(io.StringIO()):  # its banner
         import unsloth  # noqa: F401
 
@@ -526,39 +510,37 @@ def load_tokenizer(config: Config) -> Any:
         with suppress(Exception):  # multimodal families may keep it beside the tokenizer, for their processor
             file = transformers.utils.cached_file(name, "chat_template.json")
             tokenizer.chat_template = json.loads(Path(file).read_text(encoding="utf-8"))["chat_template"]
-    made_up = len(tokenizer) <= len(tokenizer.all_special_tokens)  # by transformers, where there are no files
-    if made_up or not tokenizer.chat_template:
+    if not tokenizer.chat_template or len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up, without files
         raise UserError(f"model.name: {name} has no tokenizer with a chat template; set model.chat_template to one")
     return tokenizer
 
 
-def opening_turns(config: Config) -> list[dict[str, str]]:
-    """The system prompt and the worked examples as turns of the chat."""
-    turns = [("system", config.prompts.system)] if config.prompts.system else []
-    for example in config.prompts.examples:
-        turns += [("user", example.input), ("assistant", example.output)]
-    return [{"role": role, "content": text} for role, text in turns]
+def opening_turns(config: Config, *said: str) -> list[dict[str, str]]:
+    """The system prompt, the worked examples and what was `said` after them as turns of the chat."""
+    system, examples = config.prompts.system, config.prompts.examples
+    texts = [text for example in examples for text in (example.input, example.output)] + list(said)
+    turns = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
+    return [{"role": "system", "content": system}] + turns if system else turns
 
 
 def chat_text(tokenizer: Any, config: Config, *said: str) -> str:
-    """The chat template's text of system prompt + worked examples + `said`, open for the assistant to write.
-
-    The template renders markers, which then give way to the texts: so these stand verbatim, also where the template
-    cuts the reasoning out of earlier turns. Raises UserError for a part that it does not render."""
-    system, opening = config.prompts.system, opening_turns(config)
-    shown = [turn["content"] for turn in opening if turn["role"] != "system"]
-    texts = {f"TEXTOFTURN{number}STANDSHERE": text for number, text in enumerate([*shown, *said])}
-    marked = [{"role": ("user", "assistant")[number % 2], "content": marker} for number, marker in enumerate(texts)]
+    """The chat template's text of system prompt + worked examples + `said`, open for the assistant to write. It renders
+    markers, which then give way to the texts: so these stand verbatim, also where the template cuts the reasoning out
+    of earlier turns. Raises UserError for a part that it does not render."""
+    system, texts, turns = config.prompts.system, {}, opening_turns(config, *said)
+    for number, turn in enumerate(turns[bool(system) :]):
+        marker = f"TEXTOFTURN{number}STANDSHERE"
+        texts[marker], turn["content"] = turn["content"], marker
     how = config.model.chat_template_kwargs | {"tokenize": False, "add_generation_prompt": True}
     try:
-        text = tokenizer.apply_chat_template(opening[: bool(system)] + marked, **how)
+        text = tokenizer.apply_chat_template(turns, **how)
     except Exception as error:  # templates raise what they like
         at_fault = "prompts.system" if system and "system" in str(error).lower() else "model.chat_template"
         raise UserError(f"{at_fault}: the chat template refuses it: {first_line(error)}") from None
     if system.strip() not in text:
         raise UserError("prompts.system: the chat template does not render it; put it into the problems")
     if missing := [number for number, marker in enumerate(texts) if text.count(marker) != 1]:
-        at_fault = "prompts.examples" if missing[0] < len(shown) else "model.chat_template"
+        at_fault = "prompts.examples" if missing[0] < len(texts) - len(said) else "model.chat_template"
         raise UserError(f"{at_fault}: the chat template must render each turn once; leave examples out, or change it")
     return re.sub("|".join(texts), lambda marker: texts[marker[0]], text)
 
@@ -566,9 +548,8 @@ def chat_text(tokenizer: Any, config: Config, *said: str) -> str:
 def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
     """The token ids that stand between attempt 1's last token and attempt 2's first, and the think tag if left open.
 
-    The attempt-2 prompt is attempt-1 prompt + attempt 1 verbatim + bridge. Rendering the conversation through the
-    template instead would cut the reasoning out of attempt 1 where the template strips <think> from history (Qwen3),
-    and would tokenise anew what was sampled. Fills in the budgets that the config leaves open. Raises UserError."""
+    Attempt 2's prompt is attempt 1's + attempt 1 verbatim + bridge: the template would cut the reasoning out of attempt
+    1 (Qwen3's), and its text be tokenised anew. Fills in the budgets that the config leaves open. Raises UserError."""
     attempt1, train = "FIRSTATTEMPTSTANDSHERE", config.train
     _, _, tail = chat_text(tokenizer, config, "?", attempt1, config.prompts.self_correction).partition(attempt1)
     bridge = tokenizer(tail, add_special_tokens=False)["input_ids"]
@@ -576,11 +557,10 @@ def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
     train.max_prompt_length_attempt2 = given = train.max_prompt_length_attempt2 or need
     longest = given + train.max_new_tokens_attempt2
     config.model.max_seq_length = whole = config.model.max_seq_length or longest
-    faults = {
-        f"train.max_prompt_length_attempt2: needs {need} or more to hold attempt 1; leave it out": given < need,
-        f"model.max_seq_length: a conversation can take {longest} tokens; leave it out": whole < longest,
-    }
-    refuse(faults)
+    refuse(
+        (given < need, f"train.max_prompt_length_attempt2: needs {need} or more to hold attempt 1; leave it out"),
+        (whole < longest, f"model.max_seq_length: a conversation can take {longest} tokens; leave it out"),
+    )
     return bridge, "<think>" if tail.rstrip().endswith("<think>") else ""
 
 
@@ -692,9 +672,8 @@ def read_row(question: Any, target: Any, extract: Any, config: Config, tokenizer
 
 def first_prompt(question: str, config: Config, tokenizer: Any) -> list[int]:
     """The token ids of attempt 1's prompt. One over budget is refused, never cut. Raises UserError."""
-    most = config.train.max_prompt_length_attempt1
     prompt = tokenizer(chat_text(tokenizer, config, question), add_special_tokens=False)["input_ids"]
-    if len(prompt) > most:
+    if len(prompt) > (most := config.train.max_prompt_length_attempt1):
         raise UserError(f"train.max_prompt_length_attempt1: {most}, and a prompt has {len(prompt)} tokens; raise it")
     return prompt
 
@@ -714,18 +693,16 @@ def fingerprints(data: Splits, bridge: list[int], config: Config) -> dict[str, s
 
 
 def stage_batches(stage: int, examples: int, config: Config) -> list[list[int]]:
-    """The batches of a whole stage as row indices: a seeded shuffle each epoch, leftovers (under a batch) left out.
-
-    A function of its arguments alone, so a resumed run finds its place by the step's number. Raises UserError."""
+    """The batches of a whole stage as row indices: a seeded shuffle each epoch, leftovers (under a batch) left out. A
+    function of its arguments alone, so a resumed run finds its place by the step's number. Raises UserError."""
     train = config.train
     problems, epochs, steps = (getattr(train, f"stage{stage}_{key}") for key in ("batch_size", "epochs", "steps"))
     if not train.has_stage(stage):
         return []
     size = problems * train.oversample
     steps = round(epochs * (examples // size)) if steps is None else steps
-    asked = f"{problems} x train.oversample {train.oversample}"
     if examples < size:
-        raise UserError(f"train.stage{stage}_batch_size: {asked} is more than the {examples} train examples; lower it")
+        raise UserError(f"train.stage{stage}_batch_size: x oversample = {size}, only {examples} train rows; lower it")
     if not steps:
         raise UserError(f"train.stage{stage}_epochs: {epochs} is less than one step; raise it, or 0 skips the stage")
     batches = []
