@@ -94,7 +94,7 @@ class ModelConfig(Section):
 
 class DatasetConfig(Section):
     name: PathText = key(..., "hub id, local folder (jsonl, parquet, csv, save_to_disk) or file")
-    config_name: str | None = key(None, "a hub dataset's sub-config")
+    config_name: str | None = key(None, "a sub-config of a hub dataset, or a subfolder of a local one")
     revision: str | None = key(None, "commit or tag of a hub dataset; null: the newest")
     split: str | None = key(None, "take train and test rows from this one split; null: from train and test")
     input_field: str = key(..., "column with the problem", min_length=1)
@@ -250,11 +250,12 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Namespace, Config
     args = parser.parse_args(argv)
     config = read_config(args.config, args.set)
     adapter, stage2 = args.resume_adapter, args.start_stage == 2
-    clash = args.eval_only or args.overwrite or stage2
+    alone = stage2 and not args.resume and (args.eval_only or not adapter)
+    clash = args.resume and (args.eval_only or args.overwrite or stage2 or adapter)
     refuse(
-        (stage2 and (args.eval_only or not adapter), "--start-stage 2: needs --resume-adapter, and no --eval-only"),
+        (alone, "--start-stage 2: needs --resume-adapter DIR, and no --eval-only"),
         (adapter and not (stage2 or args.eval_only), "--resume-adapter: goes with --start-stage 2 or --eval-only"),
-        (args.resume and clash, "--resume: goes on as it was; leave out --eval-only, --overwrite, --start-stage"),
+        (clash, "--resume: goes on as it was; leave out --eval-only, --overwrite, --start-stage, --resume-adapter"),
         (args.smoke is not None and args.smoke < 4, f"--smoke {args.smoke}: needs 4 or more, for two steps of two"),
     )
     if args.smoke:
@@ -305,6 +306,10 @@ def check_config(tree: dict[str, Any]) -> Config:
     alone = rollouts == 1 or not compared
     few = "the baseline compares first attempts, of which a step needs 2 or more; raise it"
     refuse(
+        (
+            config.dataset.split and not config.dataset.test_split_size,
+            "dataset.test_split_size: dataset.split needs it",
+        ),
         (len(weights or functions) != len(functions), f"reward.weights: needs {len(functions)}, one a function"),
         (rollouts % corrections, f"train.stage1_corrections: must divide train.num_generations, {rollouts}"),
         (compared and train.stage1_batch_size * rollouts == corrections, f"train.stage1_batch_size: {few}"),
@@ -347,7 +352,7 @@ def check_adapter(folder: Path, config: Config) -> None:
         base, r, alpha = str(saved["base_model_name_or_path"]), saved["r"], saved["lora_alpha"]
     except (OSError, ValueError, TypeError, KeyError):
         raise UserError(f"{place}: no sound adapter there; give one such as outputs/NAME/stage1") from None
-    modules, ours = sorted(saved.get("target_modules") or []), sorted(lora.target_modules)
+    modules, ours = sorted(saved.get("target_modules") or []), sorted(set(lora.target_modules))
     names_differ = modules != ours and not any(part == "all-linear" or "." in part for part in ours)  # or weights tell
     kinds = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if saved.get(name)]
     refuse(
@@ -502,9 +507,11 @@ def load_tokenizer(config: Config) -> Any:
         raise UserError(f"model.name: {name}: no tokenizer {place}: {first_line(error)}") from None
     if template:
         with suppress(OSError, ValueError):  # no file: it is the template itself
-            template = Path(template).expanduser().read_bytes().decode("utf-8-sig", errors="replace")
+            template = Path(os.path.expanduser(template)).read_bytes().decode("utf-8-sig", errors="replace")
         if not ("{{" in template or "{%" in template) or "\ufffd" in template:
-            raise UserError(f"model.chat_template: no Jinja template, nor a file of one: {template[:80]!r}")
+            raise UserError(
+                f"model.chat_template: no Jinja template, nor a UTF-8 file of one: {config.model.chat_template!r}"
+            )
         tokenizer.chat_template = template
     if not tokenizer.chat_template:
         with suppress(Exception):  # multimodal families may keep it beside the tokenizer, for their processor
@@ -524,25 +531,24 @@ def opening_turns(config: Config, *said: str) -> list[dict[str, str]]:
 
 
 def chat_text(tokenizer: Any, config: Config, *said: str) -> str:
-    """The chat template's text of system prompt + worked examples + `said`, open for the assistant to write. It renders
-    markers, which then give way to the texts: so these stand verbatim, also where the template cuts the reasoning out
-    of earlier turns. Raises UserError for a part that it does not render."""
+    """The chat template's text of system prompt + worked examples + `said`, open for the assistant to write. For the
+    examples it renders markers, which then give way to the texts: so these stand verbatim, also where the template cuts
+    the reasoning out of earlier turns. Raises UserError for a part that it does not render."""
     system, texts, turns = config.prompts.system, {}, opening_turns(config, *said)
-    for number, turn in enumerate(turns[bool(system) :]):
-        marker = f"TEXTOFTURN{number}STANDSHERE"
+    for number, turn in enumerate(turns[bool(system) : -len(said)]):
+        marker = f"WORKEDEXAMPLETURN{number}STANDSHERE"
         texts[marker], turn["content"] = turn["content"], marker
-    how = config.model.chat_template_kwargs | {"tokenize": False, "add_generation_prompt": True}
+    how = {"tokenize": False, "add_generation_prompt": True}
     try:
-        text = tokenizer.apply_chat_template(turns, **how)
+        text = tokenizer.apply_chat_template(turns, **how, **config.model.chat_template_kwargs)
     except Exception as error:  # templates raise what they like
         at_fault = "prompts.system" if system and "system" in str(error).lower() else "model.chat_template"
         raise UserError(f"{at_fault}: the chat template refuses it: {first_line(error)}") from None
     if system.strip() not in text:
         raise UserError("prompts.system: the chat template does not render it; put it into the problems")
-    if missing := [number for number, marker in enumerate(texts) if text.count(marker) != 1]:
-        at_fault = "prompts.examples" if missing[0] < len(texts) - len(said) else "model.chat_template"
-        raise UserError(f"{at_fault}: the chat template must render each turn once; leave examples out, or change it")
-    return re.sub("|".join(texts), lambda marker: texts[marker[0]], text)
+    if any(text.count(marker) != 1 for marker in texts):
+        raise UserError("prompts.examples: the chat template does not render each once; use prompts.system")
+    return re.sub("|".join(texts), lambda marker: texts[marker[0]], text) if texts else text
 
 
 def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
@@ -550,8 +556,10 @@ def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
 
     Attempt 2's prompt is attempt 1's + attempt 1 verbatim + bridge: the template would cut the reasoning out of attempt
     1 (Qwen3's), and its text be tokenised anew. Fills in the budgets that the config leaves open. Raises UserError."""
-    attempt1, train = "FIRSTATTEMPTSTANDSHERE", config.train
-    _, _, tail = chat_text(tokenizer, config, "?", attempt1, config.prompts.self_correction).partition(attempt1)
+    attempt1, correction, train = "FIRSTATTEMPTSTANDSHERE", config.prompts.self_correction, config.train
+    _, _, tail = chat_text(tokenizer, config, "?", attempt1, correction).partition(attempt1)
+    if not tail or attempt1 in tail or correction.strip() not in tail:
+        raise UserError("model.chat_template: must render attempt 1 once, and prompts.self_correction after it")
     bridge = tokenizer(tail, add_special_tokens=False)["input_ids"]
     need = train.max_prompt_length_attempt1 + train.max_new_tokens_attempt1 + len(bridge)
     train.max_prompt_length_attempt2 = given = train.max_prompt_length_attempt2 or need
@@ -598,31 +606,38 @@ def hold_out(rows: list[Example], count: int | None, name: str) -> tuple[list[Ex
     return kept, held_out
 
 
+READERS = {".csv": "csv", ".parquet": "parquet"}  # of a single file; any other is JSON
+
+
 def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
     """The dataset's splits by name: from a file, a folder (laid out as on the hub, or by save_to_disk) or the hub. Each
     split of a folder is read by itself: its columns may have other types than another's. Raises UserError."""
-    split = "all splits"
+    place, path, name = wanted.name, Path(wanted.name), wanted.config_name
     try:
-        path = Path(wanted.name, wanted.config_name or "")
-        path = path if path.is_dir() else Path(wanted.name)
-        if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+        if name and (path / name).is_dir():
+            path, name = path / name, None
+        if any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
             loaded = datasets.load_from_disk(str(path))
-        elif path.exists():
-            folder, file = (path.parent, {"train": path.name}) if path.is_file() else (path, None)
-            found, loaded = datasets.load_dataset_builder(str(folder), data_files=file), {}
+        elif path.is_file():
+            loaded = datasets.load_dataset(READERS.get(path.suffix, "json"), data_files=str(path))
+        elif path.is_dir():
+            found, loaded = datasets.load_dataset_builder(str(path), name), {}
             for split, files in found.config.data_files.items():
-                if len(names := {re.sub(r"-\d+-of-\d+.*|\.\w+$", "", os.path.relpath(f, folder)) for f in files}) > 1:
+                place = f"{wanted.name} ({split})"
+                names = {re.sub(r"(-\d+-of-\d+.*|/\d+)?\.\w+$", "", os.path.relpath(file, path)) for file in files}
+                if len(names) > 1:
                     raise ValueError(f"{', '.join(sorted(names))} are all named as this split's; keep one")
                 loaded[str(split)] = datasets.load_dataset(found.name, data_files=files, split="train")
         else:
             loaded = datasets.load_dataset(wanted.name, wanted.config_name, revision=wanted.revision)
         loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
         for split in loaded:
+            place = f"{wanted.name} ({split})"
             loaded[split].data.validate(full=True)  # the reader of JSON lets text pass that is not UTF-8
     except Exception as error:  # one class a library, a network and a file format
         cause = error.__cause__ or error
         reason = "it is empty" if isinstance(cause, StopIteration) else first_line(cause)
-        raise UserError(f"dataset.name: cannot load {wanted.name} ({split}): {reason}") from None
+        raise UserError(f"dataset.name: cannot load {place}: {reason}") from None
     return loaded
 
 
@@ -683,7 +698,7 @@ def fingerprints(data: Splits, bridge: list[int], config: Config) -> dict[str, s
     code = [Path(file).read_text("latin-1") for file in (rewards.__file__, config.reward.module) if file]
     marked = {
         "rows": [[[row.prompt, row.target, row.columns] for row in part] for part in data],
-        "rendered prompts.self_correction": bridge,
+        RENDERED: bridge,
         "code of reward.module or reward_function": code,
         "number format of model.dtype": number_format(config),
         "train.py": Path(__file__).read_text("latin-1"),
@@ -1398,7 +1413,8 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 # A resumed run may change these: they move time, memory and files, not a number.
 HARMLESS_KEYS = ("wandb_project", "output.", "model.fast_inference_gpu_mem", "model.gradient_checkpointing",
                  "train.micro_batch_size", "train.checkpoint_every")  # fmt: skip
-OPTIMIZER = "optimizer.safetensors"
+OPTIMIZER, RENDERED = "optimizer.safetensors", "rendered prompts.self_correction"
+REFRESH_SECONDS = 300.0  # results.md and curves.png are drawn at most this often between checkpoints
 
 
 @contextmanager
@@ -1460,7 +1476,7 @@ def find_start(args: Namespace, config: Config, folder: Path, marks: dict[str, s
     read = [config.model.name, config.dataset.name, config.reward.module, config.model.chat_template]
     for path in filter(None, [*read, args.config, args.resume_adapter]):
         if any(Path(path).expanduser().resolve().is_relative_to((folder / name).resolve()) for name in there):
-            raise UserError(f"--overwrite: would delete {path}, which this run reads; set another run_name")
+            raise UserError(f"output.dir: {folder} would lose {path}, which this run reads; set another run_name")
     return None
 
 
@@ -1480,7 +1496,7 @@ def newest_checkpoint(folder: Path, config: Config, marks: dict[str, str]) -> Pa
         log(f"Warning: train.py has changed since {folder} was made; what follows may not be the same mathematics.")
     changed += [f"the {name}" for name in other if name != "train.py"]
     if changed:
-        dated = " (does the chat template print today's date?)" * ("rows" in other)
+        dated = " (does the chat template print today's date?)" * bool({"rows", RENDERED} & set(other))
         new = "put it back, or start a new run from its weights: --start-stage 2 --resume-adapter DIR"
         raise UserError(f"--resume: {folder} was made with something else: {'; '.join(changed)}{dated}; {new}")
     if state["step"] and not state["finished"] and not (newest / OPTIMIZER).exists():
@@ -1508,6 +1524,7 @@ class Run:
     state: dict[str, Any]  # what its state.json says
     wandb: reports.Wandb
     started: float  # as if the run had never been interrupted
+    drawn: float = field(default_factory=time.time)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         file = self.folder / "metrics.jsonl"
@@ -1523,6 +1540,7 @@ class Run:
         self.write(event, [row | extra for row in samples])
         log(reports.EVAL_LINE.format(**event))
         self.write_results()
+        self.write_state()  # last: it is done
 
     def log_step(self, event: dict, problems: list[Example], conversations: Conversations, steps: int) -> None:
         """Writes and prints a training step; of its rollouts four, or all where the step was skipped."""
@@ -1530,6 +1548,8 @@ class Run:
         shown = list(enumerate(conversations))[: None if event["skipped"] else 4]
         self.write(event, [where | reports.sample_row(problems[row // each], c) for row, c in shown])
         log(reports.step_line(event, steps))
+        if time.time() - self.drawn > REFRESH_SECONDS:
+            self.write_results()
         if event["step"] == min(5, steps) and not (self.folder / ".smoke").exists():  # which cuts budgets itself
             for line in reports.budget_warnings([e for e in self.events("train") if e["stage"] == event["stage"]]):
                 log(line)
@@ -1547,13 +1567,14 @@ class Run:
         self.state |= {"stage": stage, "step": step, "finished": finished, "loss_scale": policy.loss_scale}
         save_checkpoint(policy, self.checkpoint, optimizer)
         self.write_results()
+        self.write_state()
         for old in self.folder.glob(f"stage*/step_*/{OPTIMIZER}"):
             if old.parent != self.checkpoint:
                 old.unlink()
         log(f"Saved {self.checkpoint}")
 
     def write_results(self) -> None:
-        """results.json, results.md, curves.png, the newest checkpoint's card and, last, its state."""
+        """results.json, results.md, curves.png, and the newest checkpoint's card."""
         evals, device = self.events("eval"), torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type
         results = {"run_name": self.config.run_name, "evals": evals, "device": device} | reports.made_with()
         results |= {"seconds_total": time.time() - self.started, "command": shlex.join(["python", *sys.argv])}
@@ -1562,7 +1583,7 @@ class Run:
         if self.checkpoint != self.folder:
             write_atomically(self.checkpoint / "README.md", reports.model_card(self.config, evals, self.checkpoint))
         reports.draw_curves(self.folder, self.events("train"), evals)
-        self.write_state()
+        self.drawn = time.time()
 
     def write_state(self) -> None:
         """state.json, without which the checkpoint is none. What the logs hold past the sizes in it did not happen."""
@@ -2128,9 +2149,8 @@ class Decoder:
         self._continue(rows, max_new_tokens, max(map(len, prompts)))
         ends = [*enumerate(self.lengths[: len(prompts)].tolist())]
         tokens, logps = ([part[i, :n].tolist() for i, n in ends] for part in (self.tokens.cpu(), self.logps.cpu()))
-        if (
-            self.keeps and self.cache is not None
-        ):  # by prompt: the cache row and the tokens whose K/V it holds, which the last's is not among
+        if self.keeps and self.cache is not None:
+            # by prompt: the cache row and the tokens whose K/V it holds, which the last's is not among
             held = [prompt + row[:-1] for prompt, row in zip(prompts, tokens, strict=True)]
             self.kept = self.cache, self.state[4, :rows].argsort(), held
         self.cache = None

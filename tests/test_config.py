@@ -86,6 +86,7 @@ BAD = [  # (changes, the key that the line must name, what the line must also sa
     ({"train.oversample": 2}, "train.oversample", "num_generations"),
     ({"train.oversample": 2, "train.num_generations": 2, "train.baseline": "none"}, "train.oversample", "baseline"),
     ({"reward.weights": [1.0, 0.2]}, "reward.weights", "1"),
+    ({"dataset.split": "train"}, "dataset.test_split_size", "dataset.split"),
     ({"reward.fn": ["exact_match", "json.dumps"], "reward.weights": [1.0]}, "reward.weights", "2"),
 ]  # fmt: skip
 
@@ -233,6 +234,7 @@ BAD_FLAGS = [  # (flags, what the line must name)
     ("--start-stage 2", "--start-stage 2"), ("--start-stage 2 --resume-adapter DIR --eval-only", "--start-stage 2"),
     ("--resume-adapter DIR", "--resume-adapter"), ("--resume --overwrite", "--overwrite"),
     ("--resume --eval-only", "--eval-only"), ("--resume --start-stage 2 --resume-adapter DIR", "--resume"),
+    ("--resume --start-stage 2", "--resume: "),
 ]  # fmt: skip
 
 
@@ -308,7 +310,7 @@ BAD_ADAPTERS = [  # (what its adapter_config.json says, the word that the line m
 def test_check_adapter_refuses(raw_config: dict, config_file: Path, tmp_path: Path, changes: dict, says: str) -> None:
     adapter = make_adapter(tmp_path / "adapter", raw_config, **changes)
     flags = ["--config", str(config_file), "--start-stage", "2", "--resume-adapter", str(adapter)]
-    flags += ["--set", "model.lora.target_modules=[q_proj, v_proj]"]
+    flags += ["--set", "model.lora.target_modules=[q_proj, v_proj, q_proj]"]
     (line,) = refusal(train.parse_command_line, flags)
     assert line.startswith(f"--resume-adapter {adapter}: ")
     assert says in line

@@ -54,7 +54,7 @@ def refusal(call: Callable[..., Any], *args: Any) -> str:
 
 
 def write_split(file: Path, rows: list[dict[str, Any]]) -> Path:
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     table = datasets.Dataset.from_list(rows)
     write = {".csv": table.to_csv, ".parquet": table.to_parquet, ".jsonl": table.to_json, "": table.save_to_disk}
     write.get(file.suffix, lambda place: place.write_text(json.dumps(rows)))(file)
@@ -88,6 +88,18 @@ def test_load_splits_save_to_disk_and_config_name(load: Any, tmp_path: Path) -> 
     parts = {"train": datasets.Dataset.from_list(ROWS[:8]), "test": datasets.Dataset.from_list(ROWS[8:])}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved" / "main")
     assert load(tmp_path / "saved", {"dataset.config_name": "main"}).train == PAIRS[:8]
+    for split in ("train", "test"):
+        write_split(tmp_path / "other" / f"main/{split}.jsonl", ROWS)
+    assert refusal(load, tmp_path / "other", {"dataset.config_name": "nope"}).startswith("dataset.name: ")
+
+
+def test_load_splits_hub_shards_and_a_file_beside_a_script(load: Any, tmp_path: Path) -> None:
+    for number in (0, 1):
+        write_split(tmp_path / f"hub/train/000{number}.parquet", ROWS[4 * number : 4 * number + 4])
+    write_split(tmp_path / "hub/test/0000.parquet", ROWS[8:])
+    assert load(tmp_path / "hub").train == PAIRS[:8]
+    (tmp_path / "hub" / "hub.py").touch()  # what a folder of the hub may no longer have
+    assert len(load(tmp_path / "hub/train/0000.parquet", SPLIT | {"dataset.test_split_size": 1}).train) == 3
 
 
 DAMAGED = [
@@ -157,12 +169,12 @@ LOST = [[10**22 + 1, 10**22 + 3], [2**53 + 1, 4.5], [4.5, -(2**53) - 1], [2**63 
 
 
 @pytest.mark.parametrize("targets", KEPT)
-def test_as_text_keeps_what_was_written(load: Any, targets: list[Any]) -> None:
+def test_targets_keep_what_was_written(load: Any, targets: list[Any]) -> None:
     assert [target for _, target in load(answers(*targets)).train] == list(map(str, targets))
 
 
 @pytest.mark.parametrize("targets", LOST)
-def test_as_text_refuses_numbers_that_lost_digits(load: Any, targets: list[Any]) -> None:
+def test_targets_refuse_numbers_that_lost_digits(load: Any, targets: list[Any]) -> None:
     """Two targets 10^22 + 1 and 10^22 + 3 would both be 1e+22."""
     assert refusal(load, answers(*targets)).startswith("dataset.")
 
@@ -268,15 +280,33 @@ def test_chat_text_template_variables(make_config: Any, value: bool, tail: str) 
     assert render(make_config, changes)[1] == BRIDGE + tail
 
 
+@pytest.mark.parametrize(("change", "shown"), [("trim", "{}"), ("tojson", '"{}"'), ("upper", None)])
+def test_chat_text_is_the_templates_own(make_config: Any, change: str, shown: str | None) -> None:
+    """What a template does to a problem or an instruction is done, or whoever uses the adapter has other prompts."""
+    template = PLAIN_TEMPLATE.replace("message.content", f"message.content | {change}")
+    changes = {"model.chat_template": template, "prompts.self_correction": f" {SELF_CORRECTION}\n"}
+    if shown is None:
+        assert refusal(render, make_config, changes).startswith("model.chat_template: ")
+    elif change == "trim":
+        assert render(make_config, changes)[:2] == (USER.format("?") + OPEN, BRIDGE)
+    else:
+        assert render(make_config, changes | {"prompts.self_correction": "Go."})[0] == USER.format('"?"') + OPEN
+
+
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
 IGNORES_SYSTEM = PLAIN_TEMPLATE.replace("in messages", "in messages if message.role != 'system'")
 NO_HISTORY, ONE_TURN = (PLAIN_TEMPLATE.replace("in messages", f"in messages[{part}]") for part in ("-1:", ":2"))
+FIXED = ("tokenize", "add_generation_prompt")
 BAD_TEMPLATES = [  # (template, more changes, the key that the line must name)
     (NO_SYSTEM + PLAIN_TEMPLATE, {"prompts.system": "Add."}, "prompts.system"),
     (IGNORES_SYSTEM, {"prompts.system": "Add."}, "prompts.system"),
     (NO_HISTORY, {"prompts.examples": [{"input": "1+1=?", "output": "2"}]}, "prompts.examples"),
     *((template, {}, "model.chat_template") for template in (NO_HISTORY, ONE_TURN, "{% for %}", "{{ messages.a.b }}")),
-    *((text, {}, "model.chat_template") for text in ("nowhere.jinja", "nowhere/{today}.jinja", "user says " * 400)),
+    *((PLAIN_TEMPLATE, {"model.chat_template_kwargs": {name: False}}, "model.chat_template") for name in FIXED),
+    *(
+        (text, {}, "model.chat_template")
+        for text in ("nowhere.jinja", "~nobody/x.jinja", "{today}.jinja", "user says " * 400)
+    ),
 ]
 
 
