@@ -527,10 +527,8 @@ def show_kernels(train: Any, policy: Any, problems: list[Any], config: Any) -> N
         work("warm up")
         with train.torch.profiler.profile(record_shapes=True) as seen:
             seconds, _ = timed(train, lambda work=work: work("watched"))
-        spent, alone = (
-            Counter[str](),
-            Counter[str](),
-        )  # alone: kernels that no operation of torch launched, as in graphs
+        spent: Counter[str] = Counter()
+        alone: Counter[str] = Counter()  # kernels that no operation of torch launched, as in graphs
         for event in seen.events():
             if event.device_type.name == "CUDA":
                 alone[event.name] += event.time_range.elapsed_us()

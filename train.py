@@ -13,6 +13,7 @@ pi_ref(.|xi)), pi_ref the model before training. Each attempt is credited with i
 Stage I holds attempt 1 where it was (a strict beta2) while attempt 2 learns to improve on it. Without it the policy
 learns to answer once and to copy. Stage II trains both attempts and pays attempt 2 for progress.
 
+How it stays small and exact:
 - pi_ref is the same LoRA model with its adapter off: no second copy of the weights.
 - Both attempts are read from one forward pass, and token log-probs computed in chunks: no [B, T, V] tensor exists.
 - The loss is a sum over conversations: memory depends on the micro-batch, not on the batch.
@@ -554,8 +555,9 @@ def chat_text(tokenizer: Any, config: Config, *said: str) -> str:
 def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
     """The token ids that stand between attempt 1's last token and attempt 2's first, and the think tag if left open.
 
-    Attempt 2's prompt is attempt 1's + attempt 1 verbatim + bridge: the template would cut the reasoning out of attempt
-    1 (Qwen3's), and its text be tokenised anew. Fills in the budgets that the config leaves open. Raises UserError."""
+    Attempt 2's prompt is attempt 1's + attempt 1 verbatim + bridge. Rendered as a whole, attempt 1 would lose its
+    reasoning (Qwen3's template cuts it out of history) and be tokenised anew. Fills in the budgets that the config
+    leaves open. Raises UserError."""
     attempt1, correction, train = "FIRSTATTEMPTSTANDSHERE", config.prompts.self_correction, config.train
     _, _, tail = chat_text(tokenizer, config, "?", attempt1, correction).partition(attempt1)
     if not tail or attempt1 in tail or correction.strip() not in tail:
@@ -775,7 +777,7 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None) -> 
         torch.set_num_threads(1)  # matrices this small keep threads waiting for one another
     # A model's own generation_config (top_k, top_p, repetition penalty) would sample from another policy than the one
     # whose log-probs are trained. Only its token ids are kept.
-    eos = eos_ids(model, tokenizer)
+    eos = eos_ids(model, tokenizer, name)
     pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=pad)
     longest = train.max_prompt_length_attempt2 + train.max_new_tokens_attempt2
@@ -942,9 +944,11 @@ def lora_settings(base: Any, config: Config) -> dict[str, Any]:
     return {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": targets}
 
 
-def eos_ids(model: Any, tokenizer: Any) -> list[int]:
+def eos_ids(model: Any, tokenizer: Any, name: str) -> list[int]:
     """Every token that ends an answer: those of the generation config, of the model config and of the tokenizer."""
     named = [getattr(part, "eos_token_id", None) for part in (model.generation_config, model.config, tokenizer)]
+    with suppress(Exception):  # no generation_config.json; a loader may have put another in its place
+        named.insert(0, transformers.GenerationConfig.from_pretrained(name).eos_token_id)
     ids = [i for given in named for i in (given if isinstance(given, list) else [given]) if i is not None]
     if not ids:
         raise UserError("model.name: neither the model nor its tokenizer names an EOS token")
