@@ -16,8 +16,10 @@ import difflib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import netrc
 import os
+import shlex
 import shutil
 import socket
 import statistics
@@ -214,6 +216,33 @@ def results_table(evals: list[dict[str, Any]], columns: dict[str, str] = RESULTS
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def write_results(run: Any, steps: list[dict[str, Any]], evals: list[dict[str, Any]], device: str) -> None:
+    """results.json, results.md, curves.png, and the newest checkpoint's card, of train.py's Run."""
+    results = {"run_name": run.config.run_name, "evals": evals, "device": device} | made_with()
+    results |= {"seconds_total": time.time() - run.started, "command": shlex.join(["python", *sys.argv])}
+    write_atomically(run.folder / "results.json", json.dumps(results, indent=1))
+    write_atomically(run.folder / "results.md", results_page(run.config, evals))
+    if run.checkpoint != run.folder:
+        write_atomically(run.checkpoint / "README.md", model_card(run.config, evals, run.checkpoint))
+    draw_curves(run.folder, steps, evals)
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """The file holds the old text or the new, never half of one."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, file)
+
+
+def to_json(row: dict[str, Any]) -> str:
+    """One line of JSON; a number that is not finite, which JSON lacks, becomes null."""
+    finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+    return json.dumps(finite, ensure_ascii=False) + "\n"
 
 
 def results_page(config: Any, evals: list[dict[str, Any]]) -> str:

@@ -1561,7 +1561,7 @@ class Run:
     def write(self, event: dict[str, Any], samples: list[dict[str, Any]]) -> None:
         for name, rows in (("samples.jsonl", samples), ("metrics.jsonl", [event])):
             with (self.folder / name).open("a", encoding="utf-8") as stream:
-                stream.writelines(map(to_json, rows))
+                stream.writelines(map(reports.to_json, rows))
         self.wandb.write(event, samples)
 
     def save_checkpoint(self, policy: Policy, stage: int, step: int, optimizer: Optimizer | None) -> None:
@@ -1579,21 +1579,15 @@ class Run:
 
     def write_results(self) -> None:
         """results.json, results.md, curves.png, and the newest checkpoint's card."""
-        evals, device = self.events("eval"), torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type
-        results = {"run_name": self.config.run_name, "evals": evals, "device": device} | reports.made_with()
-        results |= {"seconds_total": time.time() - self.started, "command": shlex.join(["python", *sys.argv])}
-        write_atomically(self.folder / "results.json", json.dumps(results, indent=1))
-        write_atomically(self.folder / "results.md", reports.results_page(self.config, evals))
-        if self.checkpoint != self.folder:
-            write_atomically(self.checkpoint / "README.md", reports.model_card(self.config, evals, self.checkpoint))
-        reports.draw_curves(self.folder, self.events("train"), evals)
+        device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type
+        reports.write_results(self, self.events("train"), self.events("eval"), device)
         self.drawn = time.time()
 
     def write_state(self) -> None:
         """state.json, without which the checkpoint is none. What the logs hold past the sizes in it did not happen."""
         sizes = {name: (self.folder / name).stat().st_size for name in LOGS if (self.folder / name).exists()}
         self.state |= {"logs": sizes, "wandb_id": self.wandb.id, "seconds": time.time() - self.started}
-        write_atomically(self.checkpoint / "state.json", json.dumps(self.state, indent=1))
+        reports.write_atomically(self.checkpoint / "state.json", json.dumps(self.state, indent=1))
 
 
 def open_run(args: Namespace, config: Config, folder: Path, start: Path | None, marks: dict, policy: Policy) -> Run:
@@ -1619,25 +1613,9 @@ def open_run(args: Namespace, config: Config, folder: Path, start: Path | None, 
         else:
             run.write_state()
         text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
-        write_atomically(folder / "config.yaml", text)  # last: a folder without it holds no run
+        reports.write_atomically(folder / "config.yaml", text)  # last: a folder without it holds no run
     wandb.start()
     return run
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """The file holds the old text or the new, never half of one."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
-
-
-def to_json(row: dict[str, Any]) -> str:
-    """One line of JSON; a number that is not finite, which JSON lacks, becomes null."""
-    finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-    return json.dumps(finite, ensure_ascii=False) + "\n"
 
 
 def save_checkpoint(policy: Policy, folder: Path, optimizer: Optimizer | None) -> None:
@@ -2023,21 +2001,12 @@ if triton is not None:
 
 def why_not_decodable(base: torch.nn.Module) -> str | None:
     """Why Decoder does not serve this causal language model, as far as check_exact's short rows could not tell."""
-    config, name, devices = base.config, type(base).__name__, {str(p.device) for p in base.parameters()}
-    if name not in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"):
-        return f"{name} is not of the architecture of Llama, Mistral, Qwen2 or Qwen3"
-    embedding = base.model.embed_tokens
-    dense = [m for name, m in base.model.named_modules() if type(m) is torch.nn.Linear and "lora_" not in name]
-    faults = {
-        f"it is on {devices}": len(devices) > 1,
-        "it uses sliding-window attention": getattr(config, "sliding_window", None),
-        f"its activation is {config.hidden_act}, not silu": config.hidden_act != "silu",
-        "its output head is wrapped": type(base.lm_head) is not torch.nn.Linear,
-        "its embedding is wrapped": type(embedding) is not torch.nn.Embedding,
-        "its weights differ in dtype": len({m.weight.dtype for m in [*dense, embedding]}) > 1,
-        "its adapter is a variant of LoRA (DoRA, ...)": any(getattr(m, "lora_variant", None) for m in base.modules()),
-    }
-    return next((reason for reason, found in faults.items() if found), None)
+    config, family = base.config, type(base).__name__.removesuffix("ForCausalLM")
+    if family not in ("Llama", "Mistral", "Qwen2", "Qwen3"):
+        return f"{type(base).__name__} is not of the architecture of Llama, Mistral, Qwen2 or Qwen3"
+    if getattr(config, "sliding_window", None):
+        return "it uses sliding-window attention"
+    return None if config.hidden_act == "silu" else f"its activation is {config.hidden_act}, not silu"
 
 
 class FusedLinear:
@@ -2069,11 +2038,11 @@ class FusedLinear:
                 base.weight.data = self.weight[start:stop]
             if self.dense and base.bias is not None:
                 self.bias[start:stop] = base.bias
-            live = [] if getattr(module, "disable_adapters", True) or module.merged else module.active_adapters
-            for name in (name for name in live if name in module.lora_A):
-                a, b, at = module.lora_A[name].weight, module.lora_B[name].weight, i * self.rank
-                self.a[at : at + len(a)] = a
-                torch.mul(b.t(), module.scaling[name], out=self.b[at : at + len(a), start:stop])
+            if not getattr(module, "disable_adapters", True):
+                a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+                at = slice(i * self.rank, i * self.rank + len(a))
+                self.a[at] = a
+                torch.mul(b.t(), module.scaling["default"], out=self.b[at, start:stop])
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [N, in] -> [N, out + LoRA columns]."""

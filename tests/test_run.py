@@ -238,7 +238,7 @@ class Moments:
 
 def half_a_line(_: Any, run: train.Run, event: dict[str, Any], samples: list[dict[str, Any]]) -> None:
     name, rows = ("samples.jsonl", samples) if len(str(event)) % 2 else ("metrics.jsonl", [event])
-    text = "".join(map(train.to_json, rows)).encode()
+    text = "".join(map(train.reports.to_json, rows)).encode()
     cut = len(text) * 2 // 3
     cut = next((i + 1 for i in range(cut, len(text)) if text[i] >= 0xC0), cut)  # inside a character, where possible
     with (run.folder / name).open("ab") as stream:
@@ -259,7 +259,7 @@ def die_at(moment: int | None, folder: Path, told: Path) -> None:
     moments.within(train.Run, "save_checkpoint", lambda run, policy, stage, step, _: f"stage{stage} checkpoint {step}")
     moments.within(train, "open_run", lambda *args: "open")
     moments.torn(train.Run, "write", half_a_line)
-    moments.torn(train, "write_atomically", lambda _, file, text: file.with_name(f".{file.name}.tmp").touch())
+    moments.torn(train.reports, "write_atomically", lambda _, file, text: file.with_name(f".{file.name}.tmp").touch())
     moments.torn(train, "save_file", half_the_weights)
     moments.torn(peft.peft_model, "safe_save_file", half_the_weights)
     moments.torn(train, "train_step")

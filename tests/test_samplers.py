@@ -332,9 +332,6 @@ FAULTS = [
     (GPT2, {"target_modules": ["c_attn"], "fan_in_fan_out": True}, "GPT2LMHeadModel"),
     (OTHERS["mistral-window"], {}, "sliding"),
     (hf.LlamaConfig(**SHAPE, hidden_act="gelu"), {}, "gelu"),
-    (CONFIGS["llama"], {"use_dora": True}, "DoRA"),
-    (CONFIGS["mistral"], {"target_modules": [*ALL, "lm_head"]}, "head"),
-    (CONFIGS["mistral"], {"modules_to_save": ["embed_tokens"]}, "embedding"),
 ]
 
 
