@@ -2006,6 +2006,8 @@ def why_not_decodable(base: torch.nn.Module) -> str | None:
         return f"{type(base).__name__} is not of the architecture of Llama, Mistral, Qwen2 or Qwen3"
     if getattr(config, "sliding_window", None):
         return "it uses sliding-window attention"
+    if len({weight.device for weight in base.parameters()}) > 1:
+        return "it is on several devices"
     return None if config.hidden_act == "silu" else f"its activation is {config.hidden_act}, not silu"
 
 

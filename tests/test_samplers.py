@@ -343,6 +343,9 @@ def test_models_that_the_decoder_does_not_serve_are_named_with_the_reason(config
     if reason:
         with pytest.raises(ValueError, match=reason):
             make("decoder", model)
+    else:
+        model.get_base_model().model.layers[1].to("meta")  # as a model that one card does not hold is split
+        assert why_not_decodable(model.get_base_model()) == "it is on several devices"
 
 
 def test_make_sampler_logs_one_line_that_names_the_sampler_and_the_reason(monkeypatch):
