@@ -40,6 +40,7 @@ import socket
 import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
@@ -1797,7 +1798,10 @@ class Generate:
 # on the right, so a token's position is its cache slot: causal attention sees no pad, and a new token attends to slots
 # 0..position of its row and nothing else. Kernels find the K/V cache through an offset in device memory, so graphs
 # outlive the cache, which each rollout allocates at its own size and frees before the update. Attempt 2 goes on from
-# attempt 1's K/V: only the bridge is new. (fmt: skip keeps long signatures at one kind of argument a line.)
+# attempt 1's K/V: only the bridge is new. A step also reads guesses of a row's next tokens, copied from where its last
+# ones stood before, in its own text or its neighbours'. A guess is right if it is the token that is chosen anyway, by
+# the noise of its place: samples stay what they are, and rows end in fewer steps. (fmt: skip keeps long signatures at
+# one kind of argument a line.)
 if triton is not None:
 
     @triton.jit
@@ -1876,23 +1880,25 @@ if triton is not None:
     @triton.jit(do_not_specialize=["layer"])
     def _attend_kernel(
         q, anchor, control, rows, pos, o, part, layer, scale, KV: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr,
-        D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+        K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
     ):  # fmt: skip
-        """One token's GROUP query heads of one K/V head over slots 0..pos of its cache row, or one of SPLITS parts."""
+        """K tokens in a row, of one cache row: their GROUP query heads of one K/V head over slots 0..pos of each token,
+        or one of SPLITS parts."""
         row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         g, d = tl.arange(0, G), tl.arange(0, BLOCK_D)
-        ok_d = d < D
-        ok_q = (g < GROUP)[:, None] & ok_d[None, :]
-        at = ((row * KV + head) * GROUP + g)[:, None] * D + d[None, :]
+        ok_g, ok_d = g < GROUP * K, d < D
+        ok_q = ok_g[:, None] & ok_d[None, :]
+        whose = ((row * K + g // GROUP) * KV + head) * GROUP + g % GROUP  # the token's head
+        at = whose[:, None] * D + d[None, :]
         query = tl.load(q + at, mask=ok_q, other=0.0)
-        held, slots, cell = tl.load(control + 1), tl.load(control + 2), tl.load(rows + row)
+        held, slots, cell = tl.load(control + 1), tl.load(control + 2), tl.load(rows + row * K)
         k = anchor + tl.multiple_of(tl.load(control), 16) + ((layer * 2 * held + cell) * KV + head) * slots * D
         v = k + held * KV * slots * D
-        length = tl.load(pos + row).to(tl.int32) + 1
+        length = tl.load(pos + row * K).to(tl.int32) + K
         span = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
         start = split * span
         stop = tl.minimum(start + span, length)
-        top = tl.full([G], float("-inf"), tl.float32)
+        top = tl.full([G], -1e30, tl.float32)
         total = tl.zeros([G], tl.float32)
         acc = tl.zeros([G, BLOCK_D], tl.float32)
         for s0 in range(start, stop, BLOCK):
@@ -1900,7 +1906,7 @@ if triton is not None:
             ok = s < stop
             keys = tl.load(k + s[None, :] * D + d[:, None], mask=ok[None, :] & ok_d[:, None], other=0.0)
             w = tl.dot(query, keys, input_precision="ieee") * (scale * 1.44269504)  # log2(e): exp2 is the fast one
-            w = tl.where(ok[None, :], w, float("-inf"))
+            w = tl.where(s[None, :] < (length - K + 1 + g // GROUP)[:, None], w, float("-inf"))
             higher = tl.maximum(top, tl.max(w, 1))
             p = tl.exp2(w - higher[:, None])
             decay = tl.exp2(top - higher)
@@ -1911,10 +1917,10 @@ if triton is not None:
         if SPLITS == 1:
             tl.store(o + at, (acc / total[:, None]).to(o.dtype.element_ty), mask=ok_q)
         else:  # part: [rows, heads, SPLITS, D + 2], float32
-            to = (((row * KV + head) * GROUP + g) * SPLITS + split) * (D + 2)
+            to = (whose * SPLITS + split) * (D + 2)
             tl.store(part + to[:, None] + d[None, :], acc, mask=ok_q)
-            tl.store(part + to + D, top, mask=g < GROUP)
-            tl.store(part + to + D + 1, total, mask=g < GROUP)
+            tl.store(part + to + D, top, mask=ok_g)
+            tl.store(part + to + D + 1, total, mask=ok_g)
 
     @triton.jit
     def _combine_kernel(part, o, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr):
@@ -1943,60 +1949,104 @@ if triton is not None:
 
     @triton.jit
     def _sample_kernel(
-        logits, control, inv_t, ids_of_rows, count, best, where, top, total, VOCAB: tl.constexpr, BLOCK: tl.constexpr
-    ):
-        """A block of one row's vocabulary: the maximum of z + Gumbel noise, z = logits / T, and logsumexp(z) in parts.
+        logits, control, inv_t, state, chosen, logp,
+        CAP: tl.constexpr, VOCAB: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """The token after one of the K that a row's step has read: the largest z + Gumbel noise, z = logits / T.
 
         The noise is -log(E), E exponential, keyed by (seed, row number, token count, column): no other row matters.
         E is -log(1 - u), u on a grid of 2^-31 near 0, where E decides who wins: probabilities are exact to about 5e-10
         a token, and no token can gain more than 22 nats."""
-        row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        c = block * BLOCK + tl.arange(0, BLOCK)
-        z = tl.load(logits + row * VOCAB + c, mask=c < VOCAB, other=float("-inf")).to(tl.float32) * tl.load(inv_t)
-        number = (tl.load(control + 5) + tl.load(ids_of_rows + row)).to(tl.int32)
-        quad = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)  # Philox gives four numbers at a time
-        made = tl.load(count + row).to(tl.int32)
-        r0, r1, r2, r3 = tl.philox(tl.load(control + 4), quad, quad * 0 + number, quad * 0 + made, quad * 0)
-        bits = tl.reshape(tl.join(tl.join(r0, r1), tl.join(r2, r3)), (BLOCK,))
-        u = tl.minimum(((bits >> 1).to(tl.float32) + 0.5) * 4.656612873e-10, 0.99999994)
-        e = tl.where(u < 0.01, u * (1.0 + u * (0.5 + u * 0.33333334)), -tl.log(1.0 - u))
-        value, index = tl.max(z - tl.load(inv_t + 1) * tl.log(e), 0, return_indices=True)
-        peak = tl.max(z, 0)
-        to = row * tl.num_programs(1) + block
-        tl.store(best + to, value)
-        tl.store(where + to, block * BLOCK + index)
-        tl.store(top + to, peak)
-        tl.store(total + to, tl.sum(tl.exp(z - peak), 0))
+        n = tl.program_id(0).to(tl.int64)
+        row, seed = n // K, tl.load(control + 4)
+        number = (tl.load(control + 5) + tl.load(state + 4 * CAP + row)).to(tl.int32)
+        made = (tl.load(state + 2 * CAP + row) + n % K).to(tl.int32)
+        best, where = tl.full([BLOCK], float("-inf"), tl.float32), tl.zeros([BLOCK], tl.int32)
+        peak, total = tl.full([BLOCK], -1e30, tl.float32), tl.zeros([BLOCK], tl.float32)  # of exp(z - peak)
+        for start in range(0, VOCAB, BLOCK):
+            c = start + tl.arange(0, BLOCK)
+            z = tl.load(logits + n * VOCAB + c, mask=c < VOCAB, other=float("-inf")).to(tl.float32) * tl.load(inv_t)
+            quad = start // 4 + tl.arange(0, BLOCK // 4)  # Philox gives four numbers at a time
+            r0, r1, r2, r3 = tl.philox(seed, quad, quad * 0 + number, quad * 0 + made, quad * 0)
+            bits = tl.reshape(tl.join(tl.join(r0, r1), tl.join(r2, r3)), (BLOCK,))
+            u = tl.minimum(((bits >> 1).to(tl.float32) + 0.5) * 4.656612873e-10, 0.99999994)
+            e = tl.where(u < 0.01, u * (1.0 + u * (0.5 + u * 0.33333334)), -tl.log(1.0 - u))
+            value = z - tl.load(inv_t + 1) * tl.log(e)
+            where = tl.where(value > best, c, where)
+            best = tl.maximum(best, value)
+            higher = tl.maximum(peak, z)
+            total = total * tl.exp(peak - higher) + tl.exp(z - higher)
+            peak = higher
+        top = tl.max(peak, 0)
+        token = tl.min(tl.where(best == tl.max(best, 0), where, VOCAB - 1), 0)  # the first of equals
+        z = tl.load(logits + n * VOCAB + token).to(tl.float32) * tl.load(inv_t)
+        tl.store(chosen + n, token)
+        tl.store(logp + n, z - top - tl.log(tl.sum(total * tl.exp(peak - top), 0)))
 
     @triton.jit
     def _advance_kernel(
-        logits, control, inv_t, best, where, top, total, eos, state, tokens, logps, lengths, pad, CAP: tl.constexpr,
-        WIDTH: tl.constexpr, VOCAB: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, EOS: tl.constexpr,
+        chosen, logp, control, eos, state, tokens, logps, lengths, context, ends, pad, CAP: tl.constexpr,
+        WIDTH: tl.constexpr, SLOTS: tl.constexpr, K: tl.constexpr, MOST: tl.constexpr, EOS: tl.constexpr,
     ):  # fmt: skip
-        """One row: pick the winning block's token, record it and its log-prob, and move the row's state on."""
+        """One row: record the token chosen after its last one, and after each guess that was right; move the row's
+        state on."""
         row = tl.program_id(0).to(tl.int64)
-        c = tl.arange(0, BLOCK)
-        ok = c < BLOCKS
-        value = tl.load(best + row * BLOCKS + c, mask=ok, other=float("-inf"))
-        token = tl.load(where + row * BLOCKS + tl.argmax(value, 0)).to(tl.int64)
-        peaks = tl.load(top + row * BLOCKS + c, mask=ok, other=float("-inf"))
-        peak = tl.max(peaks, 0)
-        sums = tl.load(total + row * BLOCKS + c, mask=ok, other=0.0)
-        z = tl.load(logits + row * VOCAB + token).to(tl.float32) * tl.load(inv_t)
-        logp = z - peak - tl.log(tl.sum(sums * tl.exp(peaks - peak), 0))
         pos, count = tl.load(state + CAP + row), tl.load(state + 2 * CAP + row)
         done, prompt = tl.load(state + 3 * CAP + row), tl.load(state + 4 * CAP + row)
-        alive = done == 0
-        tl.store(tokens + prompt * WIDTH + count, token, mask=alive)
-        tl.store(logps + prompt * WIDTH + count, logp, mask=alive)
-        tl.store(lengths + prompt, count + 1, mask=alive)
-        ended = (count + 1 >= tl.load(control + 3)).to(tl.int64)
-        for e in tl.static_range(EOS):
-            ended |= (token == tl.load(eos + e)).to(tl.int64)
-        tl.store(state + row, tl.where(alive, token, pad))
-        tl.store(state + CAP + row, tl.where(alive, pos + 1, pos))
-        tl.store(state + 2 * CAP + row, tl.where(alive, count + 1, count))
-        tl.store(state + 3 * CAP + row, tl.where(alive, ended, done))
+        going, taken, last = done == 0, count * 0, count * 0 + pad
+        for j in tl.static_range(K):
+            token = tl.load(chosen + row * K + j).to(tl.int64)
+            tl.store(tokens + prompt * WIDTH + count + j, token, mask=going)
+            tl.store(logps + prompt * WIDTH + count + j, tl.load(logp + row * K + j), mask=going)
+            if MOST > 1:
+                tl.store(context + prompt * SLOTS + pos + j + 1, token, mask=going)
+            ended = count + j + 1 >= tl.load(control + 3)
+            for e in tl.static_range(EOS):
+                ended |= token == tl.load(eos + e)
+            last = tl.where(going, token, last)
+            taken += going.to(tl.int64)
+            done |= (going & ended).to(tl.int64)
+            if j + 1 < K:
+                going &= (ended == 0) & (token == tl.load(state + (5 + j) * CAP + row))
+        tl.debug_barrier()  # every warp has read the state
+        tl.store(lengths + prompt, count + taken)
+        tl.store(state + row, last)
+        tl.store(state + CAP + row, pos + taken)
+        tl.store(state + 2 * CAP + row, count + taken)
+        tl.store(state + 3 * CAP + row, done)
+        tl.store(ends + prompt, pos + taken, mask=taken > 0)
+
+    @triton.jit
+    def _guess_kernel(
+        state, context, ends, CAP: tl.constexpr, SLOTS: tl.constexpr, MOST: tl.constexpr, NEAR: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """One row: guess what comes next, from what followed where its last three tokens, or two, stood before: in its
+        own text (there one will do) or in those of its NEAR neighbours, which in training answer the same problem."""
+        row = tl.program_id(0).to(tl.int64)
+        prompt = tl.load(state + 4 * CAP + row)
+        end, near = tl.load(ends + prompt), prompt // NEAR * NEAR
+        own, found = context + prompt * SLOTS + end, tl.zeros([BLOCK], tl.int32)
+        last = tl.load(own)
+        before, first = tl.load(own - 1, mask=end > 0, other=-1), tl.load(own - 2, mask=end > 1, other=-1)
+        for other in tl.static_range(NEAR):
+            text, until = context + (near + other) * SLOTS, tl.load(ends + near + other).to(tl.int32)
+            mine = (near + other == prompt).to(tl.int32)
+            for start in range(0, until, BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                one = tl.load(text + i, mask=i < until, other=-2) == last
+                two = one & (tl.load(text + i - 1, mask=(i > 0) & (i < until), other=-2) == before)
+                three = two & (tl.load(text + i - 2, mask=(i > 1) & (i < until), other=-2) == first)
+                same = one.to(tl.int32) + two + three
+                place = ((2 * same + mine) * NEAR + other) * SLOTS + i
+                found = tl.maximum(found, tl.where(same + mine > 1, place, 0))
+        best = tl.max(found, 0)  # 0: nowhere
+        whose, at = near + best // SLOTS % NEAR, best % SLOTS
+        until = tl.load(ends + whose)
+        for j in tl.static_range(1, MOST):
+            known = (best > 0) & (at + j <= until)
+            guess = tl.load(context + whose * SLOTS + at + j, mask=known, other=0)
+            tl.store(state + (4 + j) * CAP + row, tl.where(known, guess, last))
 
 
 def why_not_decodable(base: torch.nn.Module) -> str | None:
@@ -2073,7 +2123,10 @@ class Decoder:
     name = "the built-in decoder"
     compact = True  # drop ended rows from the batch
     keeps = False  # leave the K/V to the next generate(), whose prompts may extend the ones before; see `roll_out`
-    burst = 8  # graph replays between two looks at which rows have ended
+    most = 8  # tokens of a row that one step reads: the last chosen, then guesses of the next; see `_guess_kernel`
+    near = 8  # rows that guess from one another's text
+    step_tokens = 256  # of all rows: more than these would cost more than right guesses win
+    burst = 4  # graph replays between two looks at which rows have ended
     splits: int | None = None  # programs that share one row's attention; None: enough to fill the card
     prompt_tokens = 8192  # prompt tokens in one forward pass, pads included
 
@@ -2087,6 +2140,9 @@ class Decoder:
         self.heads, self.kv = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self._set_up(policy)
+        # An attention program holds the query heads of all these tokens: more than so many would spill its registers.
+        room = (64 if self.dtype.itemsize == 2 else 32) * (self.stages > 1)
+        self.most = max(1, min(self.most, room // (self.heads // self.kv)))
         with torch.inference_mode(False), torch.no_grad():  # a weight that is an inference tensor could not train
             self.layers = [self._fuse(layer) for layer in self.backbone.layers]
 
@@ -2121,7 +2177,7 @@ class Decoder:
         """As `sample`, for rows that fit in memory."""
         rows = rows_for_graph(len(prompts)) if self.graphed else len(prompts)
         self._start(prompts, rows, max_new_tokens, temperature, seed, first_row)
-        self._continue(rows, max_new_tokens, max(map(len, prompts)))
+        self._continue(rows, max_new_tokens)
         ends = [*enumerate(self.lengths[: len(prompts)].tolist())]
         tokens, logps = ([part[i, :n].tolist() for i, n in ends] for part in (self.tokens.cpu(), self.logps.cpu()))
         if self.keeps and self.cache is not None:
@@ -2141,8 +2197,11 @@ class Decoder:
         order = sorted(range(len(prompts)), key=lambda i: (first[i] != i, -len(prompts[i])))
         unique = [tuple(prompts[i]) for i in order[: len(seen)]]
         where = [order.index(first[i]) for i in order] + [0] * (rows - len(prompts))
-        slots = len(unique[0]) + max_new_tokens
+        slots = len(unique[0]) + max_new_tokens + self.most  # guesses may go past the budget
         self._reserve(rows, max_new_tokens, slots)
+        texts = [torch.frombuffer(array("q", prompt), dtype=torch.long) for prompt in prompts]  # torch.tensor is slow
+        self.context[: len(prompts), : len(unique[0])] = pad_sequence(texts, True)
+        self.ends.zero_()
         if self.cos is None:
             self.cos, self.sin = self._tables(self.held[2])
         self.cache = self.anchor.new_zeros(len(self.layers), 2, rows, self.kv, slots, self.head_dim)
@@ -2160,8 +2219,11 @@ class Decoder:
         held = [1 << (max(n) - 1).bit_length() for n in zip((rows, new, slots), least, self.held, strict=True)]
         if held != self.held:
             self.release()
-            self.held, (rows, new, _), whole = held, held, {"dtype": torch.long, "device": self.device}
-            self.state = torch.zeros(5, rows, **whole)  # token, position, tokens made, ended, index of the prompt
+            self.held, (rows, new, slots), whole = held, held, {"dtype": torch.long, "device": self.device}
+            # token, position, tokens made, ended, index of the prompt, guesses of the next tokens
+            self.state = torch.zeros(4 + self.most, rows, **whole)
+            self.context = torch.zeros(rows, slots, **whole)  # by prompt: its tokens
+            self.ends = torch.zeros(rows, **whole)  # by prompt: where its last token stands
             self.control = torch.zeros(6, **whole)  # cache offset, its rows and slots, max_new_tokens, seed, first_row
             self.inv_t = torch.zeros(2, device=self.device)  # 1 / temperature, 1 to sample or 0 for greedy
             self.tokens = torch.zeros(rows, new + 1, **whole)  # by prompt; ended rows may write to the last column
@@ -2187,9 +2249,9 @@ class Decoder:
         if temperature and not self.kernels:
             self.uniforms = row_uniforms(seed, first, rows, self.limit + 1).to(self.device)
         columns = ([self.pad, n - 1, 0, i >= given, order[i] if i < given else i] for i, n in enumerate(lengths))
-        self.state[:, :rows] = torch.tensor([*columns], device=self.device).T
+        self.state[:5, :rows] = torch.tensor([*columns], device=self.device).T
 
-    def _continue(self, rows: int, max_new_tokens: int, longest: int) -> None:
+    def _continue(self, rows: int, max_new_tokens: int) -> None:
         """Token steps until every row has ended, in smaller batches when most have."""
         made, looks = 1, []
         while made < max_new_tokens:
@@ -2212,7 +2274,7 @@ class Decoder:
                 order = torch.tensor(sorted(range(rows), key=ended.__getitem__)[:n], device=self.device)
                 self.state[:, :n] = self.state[:, order]
                 for layer in self.cache:
-                    layer[:, :n, :, : longest + made] = layer[:, order, :, : longest + made]
+                    layer[:, :n] = layer[:, order]
                 rows, looks = fewer, []
 
     def _graph(self, rows: int) -> torch.cuda.CUDAGraph:
@@ -2229,7 +2291,10 @@ class Decoder:
         return self.graphs[rows]
 
     def _step(self, rows: int) -> None:
-        hidden = self._forward(self.state[0, :rows], self.row_numbers[:rows], self.state[1, :rows])
+        k = max(1, min(self.most, self.step_tokens // rows)) if self.kernels else 1
+        ids = torch.cat([self.state[:1, :rows], self.state[5 : 4 + k, :rows]]).T.flatten()
+        pos = (self.state[1, :rows, None] + self.row_numbers[:k]).flatten()
+        hidden = self._forward(ids, self.row_numbers[:rows].repeat_interleave(k), pos, width=k)
         self._choose(head_logits(hidden, self.head.weight), rows)
 
     def _prefill(self, prompts: list[tuple[int, ...]]) -> torch.Tensor:
@@ -2265,8 +2330,8 @@ class Decoder:
         hidden = torch.cat([self._forward(*part.T.contiguous()) for part in rest.split(self.prompt_tokens)])
         return hidden[rest[:, 1].bincount().cumsum(0) - 1]
 
-    def _forward(self, ids, rows, pos, prompt=None) -> torch.Tensor:
-        """Tokens ids [N] at (rows, pos) [N] of the cache -> normalized hidden states; prompt: see _attend."""
+    def _forward(self, ids, rows, pos, prompt=None, width=1) -> torch.Tensor:
+        """Tokens ids [N] at (rows, pos) [N] of the cache -> normalized hidden states; prompt, width: see _attend."""
         h, y, below, plan = F.embedding(ids, self.embedding), None, None, None
         if not self.kernels:  # what all layers of the torch path share; a token step reads the cache as it lies
             mask = torch.arange(0 if prompt else int(pos.max()) + 1, device=self.device) <= pos[:, None]
@@ -2275,7 +2340,7 @@ class Decoder:
         for index, layer in enumerate(self.layers):
             x = self._add_norm(h, y, below, layer.before)
             q = self._rope_cache(index, layer, layer.qkv(x), rows, pos, plan)
-            x = self._attend(index, q, rows, pos, plan, prompt)
+            x = self._attend(index, q, rows, pos, plan, prompt, width)
             x = self._add_norm(h, layer.o(x), layer.o, layer.after)
             y, below = layer.down(self._silu_mul(layer.gate_up, layer.gate_up(x))), layer.down
         return self._add_norm(h, y, below, self.backbone.norm.weight)
@@ -2312,8 +2377,8 @@ class Decoder:
         self.cache[index][:, rows, :, pos] = torch.stack((k, v), 1)
         return q.reshape(len(q), -1)
 
-    def _attend(self, index, q, rows, pos, plan, prompt) -> torch.Tensor:
-        """Query tokens q [N, heads * head_dim], each over slots 0..pos of its cache row."""
+    def _attend(self, index, q, rows, pos, plan, prompt, width) -> torch.Tensor:
+        """Query tokens q [N, heads * head_dim], `width` of a cache row in a row, each over slots 0..pos of it."""
         n, group, dim = len(q), self.heads // self.kv, self.head_dim
         if prompt:  # count whole prompts of length tokens, padded on the right, in the cache rows from first on
             first, count, length = prompt
@@ -2326,14 +2391,14 @@ class Decoder:
             k, v = self.cache[index, :, :, :, : mask.shape[-1]][:, read]
             return F.scaled_dot_product_attention(q.view(n, self.kv, group, dim), k, v, attn_mask=mask).view(n, -1)
         splits, out = self.splits or 1, torch.empty_like(q)
-        while self.splits is None and splits < 16 and n * self.kv * splits <= self.processors:
+        while self.splits is None and splits < 16 and n // width * self.kv * splits <= self.processors:
             splits *= 2
         part = q.new_empty(n * self.heads * splits * (dim + 2) * (splits > 1), dtype=torch.float32)
         wide = max(16, triton.next_power_of_2(dim))
-        _attend_kernel[(n, self.kv, splits)](
+        _attend_kernel[(n // width, self.kv, splits)](
             q, self.anchor, self.control, rows, pos, out, part, index, dim**-0.5, self.kv, group,
-            max(16, triton.next_power_of_2(group)), dim, wide, max(16, 16384 // (wide * q.element_size())), splits,
-            num_stages=self.stages,
+            max(16, triton.next_power_of_2(group * width)), width, dim, wide,
+            max(16, 16384 // (wide * q.element_size())), splits, num_stages=self.stages,
         )  # fmt: skip
         if splits > 1:
             _combine_kernel[(n * self.heads,)](part, out, dim, wide, splits, num_warps=2)
@@ -2350,19 +2415,22 @@ class Decoder:
         return x
 
     def _choose(self, logits: torch.Tensor, rows: int) -> None:
-        """Choose each row's next token from logits [rows, V], record it, and move the rows' state on."""
+        """Choose each row's next tokens from logits [rows * K, V], record them, and move the rows' state on."""
         if self.kernels:
-            state, vocab, block, given = self.state, logits.shape[1], 4096, (logits, self.control, self.inv_t)
-            blocks = triton.cdiv(vocab, block)
-            best, top, total = logits.new_empty(3, rows, blocks, dtype=torch.float32)
-            parts = best, logits.new_empty(rows, blocks, dtype=torch.int32), top, total
-            _sample_kernel[(rows, blocks)](*given, state[4], state[2], *parts, vocab, block, num_warps=8)
+            n, vocab = logits.shape
+            chosen, logp = logits.new_empty(n, dtype=torch.int32), logits.new_empty(n, dtype=torch.float32)
+            cap, slots, k = self.state.shape[1], self.context.shape[1], n // rows
+            _sample_kernel[(n,)](
+                logits, self.control, self.inv_t, self.state, chosen, logp, cap, vocab, k, 4096, num_warps=16
+            )
             _advance_kernel[(rows,)](
-                *given, *parts, self.eos, state, self.tokens, self.logps, self.lengths, self.pad, state.shape[1],
-                self.tokens.shape[1], vocab, blocks, triton.next_power_of_2(blocks), len(self.eos), num_warps=1,
+                chosen, logp, self.control, self.eos, self.state, self.tokens, self.logps, self.lengths, self.context,
+                self.ends, self.pad, cap, self.tokens.shape[1], slots, k, self.most, len(self.eos),
             )  # fmt: skip
+            if self.most > 1:
+                _guess_kernel[(rows,)](self.state, self.context, self.ends, cap, slots, self.most, self.near, 1024)
             return
-        ids, pos, count, done, prompt = self.state[:, :rows]
+        ids, pos, count, done, prompt = self.state[:5, :rows]
         uniform = self.uniforms[prompt, count.clamp(max=self.limit)] if self.temperature else None
         token, logp = pick(logits, self.temperature, uniform)
         alive = done == 0
@@ -2408,7 +2476,7 @@ class GraphSampler(Decoder):
     Prompts are padded on the left: all rows write to one slot. A graph needs its cache, so large ones go after use."""
 
     name = "a graph of the model's own forward"
-    compact = False
+    compact, most = False, 1
 
     def __init__(self, policy: Policy):
         self.policy, self.base, config = policy, policy.model.get_base_model(), policy.model.config

@@ -435,10 +435,10 @@ def spy_on_prefills(monkeypatch, decoder):
     """[tokens of each forward pass that is not a token step], filled as the decoder works."""
     sizes, forward = [], decoder._forward
 
-    def look(ids, rows, pos, *prompt):
-        if prompt or len(ids) != len(rows.unique()):
+    def look(ids, rows, pos, *prompt, **width):
+        if not width:
             sizes.append(len(ids))
-        return forward(ids, rows, pos, *prompt)
+        return forward(ids, rows, pos, *prompt, **width)
 
     monkeypatch.setattr(decoder, "_forward", look)
     return sizes
@@ -518,7 +518,7 @@ INTERPRETED = """
 import torch, {module} as m, tests_of_samplers as t
 model = t.make_model(t.CONFIGS["qwen3"], {{"r": 17}})
 plain, kernels = t.make("decoder", model), t.make("decoder", model)
-kernels.kernels = True
+kernels.kernels, kernels.most = True, 3
 for splits, prompts in ((None, t.PROMPTS[:2]), (4, t.PROMPTS[4:6])):
     kernels.splits = splits
     tokens, logps = kernels.generate(prompts, 3, 0.0, 0)
@@ -539,6 +539,35 @@ assert a != b
 assert [a, b] != kernels.generate([[5], [5]], 3, 2.0, 4)[0]
 t.assert_log_probs(model, [[5], [5]], ([a, b], logps), 2.0)
 assert kernels.generate([[5]], 3, 2.0, 3, first_row=1)[0] == [b], "the noise is the row number's"
+step, steps, taken = kernels._step, [], {{}}
+kernels._step = lambda rows: steps.append(rows) or step(rows)
+for eos in (61, 21):  # 21 stands behind a guess
+    for kernels.most in (1, 3):
+        kernels.release()
+        kernels.eos = torch.tensor([eos])
+        taken[kernels.most] = *kernels.generate([[9], [5, 6, 7] * 3], 10, 0.3, 3), len(steps)
+        steps.clear()
+    (rows, logps, n), (same, close, fewer) = taken.values()
+    assert rows == same and len(rows[1]) == (10 if eos == 61 else 8), (rows, same)
+    torch.testing.assert_close(*(torch.tensor(sum(part, [])) for part in (logps, close)), atol=1e-4, rtol=0)
+assert fewer < n, "no guess was right"
+own, near = [1, 7, 2, 3, 7], [5, 3, 7, 8, 9, 6]
+for texts, guesses in (
+    ([own], [2, 3]),  # after the last 7 before this one
+    ([[4, 5, 6]], [6, 6]),  # nothing like it: the last token again
+    ([own, near], [8, 9]),  # 3, 7 stood there, and 7 alone here
+    ([[3, 7, 4, 3, 7], near], [4, 3]),  # as much here as there
+    ([[9, 9, 6], near], [6, 6]),  # one token, at their end
+    ([[2, 7], near], [7, 7]),  # one token of theirs is not enough
+    ([[5, 3, 7]] + [near[:3]] * 6 + [[0, 5, 3, 7, 1]], [1, 7]),  # what is known ends there
+):
+    state, context = torch.zeros(7, 16, dtype=torch.long), torch.full((16, 32), 7)
+    ends = torch.zeros(16, dtype=torch.long)
+    state[4, 0] = 8
+    for prompt, text in enumerate(texts, 8):
+        context[prompt, : len(text)], ends[prompt] = torch.tensor(text), len(text) - 1
+    m._guess_kernel[(1,)](state, context, ends, 16, 32, 3, 8, 16)
+    assert state[5:, 0].tolist() == guesses, (texts, state[5:, 0])
 """
 
 
@@ -549,7 +578,7 @@ def test_triton_kernels_equal_the_torch_path_in_the_interpreter(tmp_path):
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
     code = INTERPRETED.format(module=Decoder.__module__)
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
 
 
 @pytest.mark.gpu
