@@ -46,6 +46,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cache, partial
+from itertools import groupby, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
@@ -732,7 +733,7 @@ def stage_batches(stage: int, examples: int, config: Config) -> list[list[int]]:
 
 
 # ------------------------------------------------------------------------------------------------------------ model
-ENOUGH_TOKENS = 8192  # a micro-batch of as many keeps a card busy: more would take memory, and no less time
+ENOUGH_TOKENS = 32768  # a micro-batch of as many keeps a card busy: more would take memory, and no less time
 ROPE_BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings that change with the length of the row
 LOSS_SCALE = 2.0**16  # of float16, at first and at most: a gradient of 1e-9, times this, is not rounded to 0
 
@@ -754,6 +755,7 @@ class Policy:
     loss_scale: float = 1.0  # float16: a power of two above 1 by which the loss is multiplied, see `train_step`
     recompute: Callable[[], Any] | None = None  # `for_training` with gradient checkpointing, while `auto` is without
     sampler: Any = None
+    share: str = ""  # the forward's argument for rows that share prompts, see `lay_out`; "": it has none
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
@@ -768,7 +770,7 @@ def reference(policy: Policy) -> Any:
 def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None) -> Policy:
     """The policy with its sampler; `adapter` holds LoRA weights to start from. Raises UserError if these do not fit."""
     bridge, think_prefix = attempt2_bridge(tokenizer, config)
-    model, for_generation, for_training = load_model(config)
+    model, for_generation, for_training, share = load_model(config)
     name, train, embedding = config.model.name, config.train, model.get_input_embeddings().weight
     if max(bridge, default=0) >= len(embedding):
         raise UserError(f"model.name: the tokenizer of {name} has tokens that its model lacks: it is another model's")
@@ -790,14 +792,16 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None) -> 
     policy.loss_scale = LOSS_SCALE if embedding.dtype == torch.float16 else 1.0
     policy.for_training()
     find_logit_scale(policy)
+    if share:
+        share_where_exact(policy, share)
     policy.sampler = make_sampler(policy, config.model.fast_inference, name)
     return policy
 
 
-def load_model(config: Config) -> tuple[Any, Callable, Callable]:
-    """The PEFT model, the switch to generation, and the one to training, which is told about gradient checkpointing:
-    Unsloth's where it serves, else those of transformers + PEFT. Both give base weights in `number_format`, the same
-    LoRA settings and float32 LoRA weights. Raises UserError."""
+def load_model(config: Config) -> tuple[Any, ...]:
+    """The PEFT model, the switch to generation, the one to training, which is told about gradient checkpointing, and
+    what lets rows share a prompt: Unsloth's where it serves, else those of transformers + PEFT. Both give base weights
+    in `number_format`, the same LoRA settings and float32 LoRA weights. Raises UserError."""
     name = config.model.name
     if config.model.load_in_4bit and DEVICE.type == "cpu":
         raise UserError("model.load_in_4bit: needs a GPU; set it to false on a CPU")
@@ -847,7 +851,8 @@ def unsloth_serves(text: Any) -> bool:
     """Whether Unsloth runs here and has code of its own for the model. For others it compiles transformers' code, some
     of which can then not be captured as a graph: .github/RESULTS.md."""
     written = text.model_type in ("llama", "mistral", "qwen2", "qwen3") and not hasattr(text, "multimodal_parent")
-    return DEVICE.type != "cpu" and written and not getattr(text, "sliding_window", None)
+    by_length = (getattr(text, "rope_parameters", None) or {}).get("rope_type") in ROPE_BY_LENGTH
+    return DEVICE.type != "cpu" and written and not by_length and not getattr(text, "sliding_window", None)
 
 
 def number_format(config: Config) -> torch.dtype:
@@ -857,7 +862,8 @@ def number_format(config: Config) -> torch.dtype:
     return getattr(torch, auto if config.model.dtype == "auto" else config.model.dtype)
 
 
-def load_with_unsloth(config: Config) -> tuple[Any, Callable, Callable]:
+def load_with_unsloth(config: Config) -> tuple[Any, ...]:
+    import unsloth.utils.attention_dispatch
     from unsloth import FastLanguageModel
 
     wanted, checkpointing = config.model, config.model.gradient_checkpointing is not False
@@ -868,10 +874,15 @@ def load_with_unsloth(config: Config) -> tuple[Any, Callable, Callable]:
         make_deterministic(base)
         how = {"use_gradient_checkpointing": checkpointing, "random_state": config.train.seed}
         model = FastLanguageModel.get_peft_model(base, bias="none", **lora_settings(base, config), **how)
-    return model, partial(FastLanguageModel.for_inference, model), partial(FastLanguageModel.for_training, model)
+
+    # Unsloth's own attention for shared prompts waits for a compiler, and backward took 333 ms where ours takes 80.
+    unsloth.utils.attention_dispatch._flex_shared_prefix_attention = attend_in_rows
+    switches = partial(FastLanguageModel.for_inference, model), partial(FastLanguageModel.for_training, model)
+    grouped = torch.cuda.get_device_capability() >= (8, 0)  # older cards have no fused attention for grouped heads
+    return model, *switches, "prefix_seg_info" if grouped else ""
 
 
-def load_with_transformers(config: Config, text: Any) -> tuple[Any, Callable, Callable]:
+def load_with_transformers(config: Config, text: Any) -> tuple[Any, ...]:
     """The same without Unsloth. Raises UserError or ValueError for what it would load wrongly."""
     numbers, place = number_format(config), {"": DEVICE} if DEVICE.type != "cpu" else None
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": numbers}
@@ -886,7 +897,7 @@ def load_with_transformers(config: Config, text: Any) -> tuple[Any, Callable, Ca
         if checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
 
-    return model, model.eval, for_training
+    return model, model.eval, for_training, ""
 
 
 def load_base(config: Config, text: Any, **how: Any) -> Any:
@@ -997,6 +1008,22 @@ def find_logit_scale(policy: Policy) -> None:
     if not off[policy.logit_scale] < (1e-3 if exact else 0.1):
         why = "changes its logits after the head in an unknown way, or is random in training"
         raise UserError(f"model.name: {config.model_type} {why}: unsupported")
+
+
+def share_where_exact(policy: Policy, share: str) -> None:
+    """Lets rows share prompts by the forward's argument `share`, if that leaves the log-probs of three rows alone."""
+    prompt, longest = [5, 6, 7, 8], min(100, policy.micro_tokens // 4)
+    rows = [[Turn(prompt, [n % len(policy.tokenizer) for n in range(at, at + longest)])] for at in (9, 19, 29)]
+    with torch.no_grad():
+        whole, policy.share = completion_log_probs(policy, rows, 1.0), share
+        try:
+            off = (completion_log_probs(policy, rows, 1.0) - whole).abs().mean().item()
+            fault = "" if off < 0.1 else f"log-probs would be {off:.2g} nats off"
+        except Exception as error:  # whatever a version of Unsloth without the argument raises
+            fault = first_line(error)
+    if fault:
+        policy.share = ""
+        log(f"Rows do not share their prompts in the update: {fault}.")
 
 
 @contextmanager
@@ -1280,7 +1307,7 @@ def add_gradients(
     norms = lengths if train.length_norm == "sequence" else budgets
     weights = torch.stack([credit, torch.tensor(kappas).expand(rows, -1)]) / norms / rows  # [2, B, turns]
     sums = torch.zeros(turns, 4, device=DEVICE)
-    for batch in micro_batches(conversations, policy.micro_tokens):
+    for batch in micro_batches(conversations, policy.micro_tokens, bool(policy.share)):
         chosen, of_turn = [conversations[b] for b in batch], lengths[batch].flatten()
         with torch.no_grad(), reference(policy):
             reference_log_probs = completion_log_probs(policy, chosen, train.generation_temperature)
@@ -1300,14 +1327,79 @@ def add_gradients(
     return figures | {f"kl_attempt{number}": value for number, value in enumerate((kl / tokens).tolist(), 1)}
 
 
-def micro_batches(conversations: Conversations, max_tokens: int) -> list[list[int]]:
-    """Conversations by index, longest first, in groups of one, or of more with at most `max_tokens` tokens and pads."""
+def micro_batches(conversations: Conversations, max_tokens: int, shared: bool) -> list[list[int]]:
+    """Conversations by index in groups of at most `max_tokens` tokens (and at least one conversation): the longest
+    first and pads counted or, where prompts are `shared`, problem by problem and a prompt counted once."""
     lengths, batches = [len(c[-1].prompt) + len(c[-1].completion) for c in conversations], []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
+
+    def size(batch: list[int]) -> int:
+        prompts = [conversations[row][0].prompt for row in batch]
+        again = sum(len(prompt) for before, prompt in pairwise(prompts) if prompt == before)
+        return sum(lengths[row] for row in batch) - again if shared else len(batch) * lengths[batch[0]]
+
+    for row in range(len(lengths)) if shared else sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not batches or size([*batches[-1], row]) > max_tokens:
             batches.append([])
         batches[-1].append(row)
     return batches
+
+
+def lay_out(policy: Policy, conversations: Conversations) -> tuple[Tensor, dict[str, Any], list[Tensor]]:
+    """Token ids [B, L] for one forward pass, what else it takes, and where each conversation's tokens stand in [B * L].
+
+    Each conversation is a right-padded row: causal attention never looks ahead, so no pad is seen and no mask is
+    needed. (Unsloth drops masks in training mode: a left-padded row would be silently wrong.) Where the attention can
+    share a prompt, there is one row without pads: a problem's prompt once, then what follows it in each of its
+    conversations, whose positions go on from the prompt's."""
+    rows = [torch.tensor(c[-1].prompt + c[-1].completion) for c in conversations]
+    ids = pad_sequence(rows, batch_first=True, padding_value=policy.pad_token_id)
+    apart, together, end = [b * ids.shape[1] + torch.arange(len(row)) for b, row in enumerate(rows)], [], 0
+    if not policy.share:
+        return ids, {}, apart
+    for prompt, group in groupby(range(len(rows)), key=lambda b: conversations[b][0].prompt):
+        shared, end = torch.arange(end, end + len(prompt)), end + len(prompt)
+        for b in group:
+            own = torch.arange(end, end := end + len(rows[b]) - len(prompt))
+            together.append(torch.cat([shared, own]))
+    packed, positions = torch.zeros(2, 1, end, dtype=torch.long)
+    for row, place in zip(rows, together, strict=True):
+        packed[0, place], positions[0, place] = row, torch.arange(len(row))
+    there, starts = by_value(torch.cat(together), torch.cat(apart), end)
+    spread = pad_sequence(together, True), there, starts  # each row's tokens, and where each token stands in the rows
+    back = there[starts], *by_value(there[starts], torch.arange(end), ids.numel())
+    attention = {policy.share: [[t.to(DEVICE) for t in part] for part in (spread, back)]}
+    return packed, attention | {"position_ids": positions.to(DEVICE)}, together
+
+
+def by_value(values: Tensor, things: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The things sorted by their values, whole numbers below `count`, and where those of each value start."""
+    sizes = values.bincount(minlength=count)
+    return things[values.argsort(stable=True)], sizes.cumsum(0) - sizes
+
+
+class Gather(torch.autograd.Function):
+    """x[index] of x [N, heads, head_dim]. Backward sums, for each n, the gradients at places[starts[n]:starts[n + 1]],
+    those of x[n], in float32 and in one order: torch's own backward adds in any."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, places: Tensor, starts: Tensor):
+        ctx.save_for_backward(places, starts)
+        return x[index]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor):
+        places, starts = ctx.saved_tensors
+        whole = F.embedding_bag(places, gradient.flatten(0, -3).flatten(1), starts, mode="sum")
+        return whole.unflatten(1, gradient.shape[-2:]), None, None, None
+
+
+def attend_in_rows(q: Tensor, k: Tensor, v: Tensor, rows: list, scale: float | None = None) -> Tensor:
+    """Causal attention where rows share prompts: q, k and v [1, T, heads, head_dim] -> the same. All else sees a prompt
+    once; attention, a small part of the work, sees whole rows, each token's of which `lay_out` gives."""
+    spread, back = rows
+    whole = (Gather.apply(x[0], *spread).transpose(1, 2) for x in (q, k, v))  # [B, heads, L, head_dim]
+    out = F.scaled_dot_product_attention(*whole, is_causal=True, scale=scale, enable_gqa=True)
+    return Gather.apply(out.transpose(1, 2).flatten(0, 1), *back)[None]
 
 
 def completion_log_probs(policy: Policy, conversations: Conversations, temperature: float) -> Tensor:
@@ -1315,19 +1407,17 @@ def completion_log_probs(policy: Policy, conversations: Conversations, temperatu
     float32 [N], conversation by conversation, turn by turn.
 
     The last turn's row begins with the earlier turns, so one forward pass serves all. Targets are the sampled tokens:
-    what ended attempt 1 need not be what stands there in attempt 2's prompt. Rows go in right-padded: causal attention
-    never looks ahead, so no pad is seen and no mask is needed. (Unsloth drops masks in training mode: a left-padded row
-    would be silently wrong.)"""
-    rows = [torch.tensor(c[-1].prompt + c[-1].completion) for c in conversations]
-    ids = pad_sequence(rows, batch_first=True, padding_value=policy.pad_token_id)  # [B, L]
+    what ended attempt 1 need not be what stands there in attempt 2's prompt."""
+    ids, how, places = lay_out(policy, conversations)
     model = policy.model.get_base_model()
+    backbone = getattr(model, model.base_model_prefix)
     with autocast(policy):
-        hidden = getattr(model, model.base_model_prefix)(input_ids=ids.to(DEVICE), use_cache=False)[0]  # [B, L, H]
-    turns = [(b * ids.shape[1] + len(t.prompt) - 1, t.completion) for b, c in enumerate(conversations) for t in c]
-    where = [start + i for start, completion in turns for i in range(len(completion))]  # a token's is the one before it
+        hidden = backbone(input_ids=ids.to(DEVICE), use_cache=False, **how)[0]  # [B, L, H]
+    turns = [(places[b][len(t.prompt) - 1 :], t.completion) for b, c in enumerate(conversations) for t in c]
+    where = torch.cat([place[: len(completion)] for place, completion in turns])  # a token's is the one before it
     targets = [token for _, completion in turns for token in completion]
     head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
-    hidden = hidden.flatten(0, 1)[torch.tensor(where, device=DEVICE)].to(head.weight.dtype)  # [N, H]
+    hidden = hidden.flatten(0, 1)[where.to(DEVICE)].to(head.weight.dtype)  # [N, H]
     how = policy.logit_scale, cap, temperature
     return LinearLogProb.apply(hidden, head.weight, head.bias, torch.tensor(targets, device=DEVICE), *how)
 

@@ -201,3 +201,31 @@ def test_the_shipped_default_smokes_on_the_gpu_with_unsloth(tmp_path: Path) -> N
     assert steps[0]["kl_attempt1"] < 1e-3, "the first batch is sampled from the reference"
     assert not any(line["skipped"] for line in steps)
     assert all(line["peak_memory_gb"] > 0 for line in steps)
+
+
+@needs_unsloth
+def test_rows_that_share_a_prompt_have_the_log_probs_and_gradients_of_whole_rows(make_gpu_policy: Callable[..., Any]):
+    """Also with gradient checkpointing. A token sees its own row and its problem's prompt, not the rows beside it."""
+    import torch
+    from unsloth import FastLanguageModel
+
+    import train
+
+    policy, alone = make_gpu_policy(True), ragged_rows(12)
+    move(policy)
+    assert policy.share
+    rows = [[train.Turn(alone[row // 4][0].prompt * 3, turn.completion)] for row, (turn,) in enumerate(alone)]
+    found = {}
+    for share, checkpointing in ((policy.share, False), ("", False), (policy.share, True)):
+        policy.share = share
+        FastLanguageModel.for_training(policy.model, checkpointing)
+        log_probs = train.completion_log_probs(policy, rows, 0.8)
+        (log_probs * torch.linspace(-1, 1, len(log_probs), device="cuda")).sum().backward()
+        gradient = torch.cat([weight.grad.flatten() for weight in policy.trainable.values()])
+        found[bool(share), checkpointing] = log_probs.detach(), gradient
+        for weight in policy.trainable.values():
+            weight.grad = None
+    whole, of_whole = found.pop((False, False))
+    for log_probs, gradient in found.values():
+        assert (log_probs - whole).abs().mean().item() < 0.01 * whole.abs().mean().item()
+        assert torch.cosine_similarity(gradient, of_whole, dim=0).item() > 0.99
