@@ -878,8 +878,9 @@ def load_with_unsloth(config: Config) -> tuple[Any, ...]:
     # Unsloth's own attention for shared prompts waits for a compiler, and backward took 333 ms where ours takes 80.
     unsloth.utils.attention_dispatch._flex_shared_prefix_attention = attend_in_rows
     switches = partial(FastLanguageModel.for_inference, model), partial(FastLanguageModel.for_training, model)
-    grouped = torch.cuda.get_device_capability() >= (8, 0)  # older cards have no fused attention for grouped heads
-    return model, *switches, "prefix_seg_info" if grouped else ""
+    # Cards before capability 8.0 have no fused attention for grouped heads.
+    fused = DEVICE.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+    return model, *switches, "prefix_seg_info" if fused else ""
 
 
 def load_with_transformers(config: Config, text: Any) -> tuple[Any, ...]:
