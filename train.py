@@ -46,7 +46,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cache, partial
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
@@ -1015,7 +1015,7 @@ def share_where_exact(policy: Policy, share: str) -> None:
     """Lets rows share prompts by the forward's argument `share`, if that leaves the log-probs of three rows alone."""
     prompt, longest = [5, 6, 7, 8], min(100, policy.micro_tokens // 4)
     rows = [[Turn(prompt, [n % len(policy.tokenizer) for n in range(at, at + longest)])] for at in (9, 19, 29)]
-    with torch.no_grad():
+    with torch.no_grad(), reference(policy):  # an adapter may have dropout
         whole, policy.share = completion_log_probs(policy, rows, 1.0), share
         try:
             off = (completion_log_probs(policy, rows, 1.0) - whole).abs().mean().item()
@@ -1330,17 +1330,16 @@ def add_gradients(
 
 def micro_batches(conversations: Conversations, max_tokens: int, shared: bool) -> list[list[int]]:
     """Conversations by index in groups of at most `max_tokens` tokens (and at least one conversation): the longest
-    first and pads counted or, where prompts are `shared`, problem by problem and a prompt counted once."""
-    lengths, batches = [len(c[-1].prompt) + len(c[-1].completion) for c in conversations], []
-
-    def size(batch: list[int]) -> int:
-        prompts = [conversations[row][0].prompt for row in batch]
-        again = sum(len(prompt) for before, prompt in pairwise(prompts) if prompt == before)
-        return sum(lengths[row] for row in batch) - again if shared else len(batch) * lengths[batch[0]]
-
+    first, pads counted. Where prompts are `shared`, problem by problem, a prompt counted once; but the rows that the
+    attention sees, with pads, count a fourth."""
+    lengths, batches, tokens, longest = [len(c[-1].prompt) + len(c[-1].completion) for c in conversations], [], 0, 0
     for row in range(len(lengths)) if shared else sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if not batches or size([*batches[-1], row]) > max_tokens:
+        prompt, before = (conversations[n][0].prompt for n in (row, row - 1))
+        tokens, longest = tokens + lengths[row] - len(prompt) * (prompt == before), max(longest, lengths[row])
+        whole = (len(batches[-1]) + 1) * longest if batches else 0
+        if not batches or (max(tokens, whole // 4) if shared else whole) > max_tokens:
             batches.append([])
+            tokens = longest = lengths[row]
         batches[-1].append(row)
     return batches
 
@@ -2099,7 +2098,6 @@ if triton is not None:
             done |= (going & ended).to(tl.int64)
             if j + 1 < K:
                 going &= (ended == 0) & (token == tl.load(state + (5 + j) * CAP + row))
-        tl.debug_barrier()  # every warp has read the state
         tl.store(lengths + prompt, count + taken)
         tl.store(state + row, last)
         tl.store(state + CAP + row, pos + taken)
@@ -2217,6 +2215,7 @@ class Decoder:
     most = 8  # tokens of a row that one step reads: the last chosen, then guesses of the next; see `_guess_kernel`
     near = 8  # rows that guess from one another's text
     step_tokens = 256  # of all rows: more than these would cost more than right guesses win
+    block = 4096  # logits that a program of the choosing kernel reads at once
     burst = 4  # graph replays between two looks at which rows have ended
     splits: int | None = None  # programs that share one row's attention; None: enough to fill the card
     prompt_tokens = 8192  # prompt tokens in one forward pass, pads included
@@ -2509,14 +2508,14 @@ class Decoder:
         """Choose each row's next tokens from logits [rows * K, V], record them, and move the rows' state on."""
         if self.kernels:
             n, vocab = logits.shape
-            chosen, logp = logits.new_empty(n, dtype=torch.int32), logits.new_empty(n, dtype=torch.float32)
+            made = logits.new_empty(n, dtype=torch.int32), logits.new_empty(n, dtype=torch.float32)
             cap, slots, k = self.state.shape[1], self.context.shape[1], n // rows
-            _sample_kernel[(n,)](
-                logits, self.control, self.inv_t, self.state, chosen, logp, cap, vocab, k, 4096, num_warps=16
-            )
+            how = cap, vocab, k, self.block
+            _sample_kernel[(n,)](logits, self.control, self.inv_t, self.state, *made, *how, num_warps=16)
             _advance_kernel[(rows,)](
-                chosen, logp, self.control, self.eos, self.state, self.tokens, self.logps, self.lengths, self.context,
+                *made, self.control, self.eos, self.state, self.tokens, self.logps, self.lengths, self.context,
                 self.ends, self.pad, cap, self.tokens.shape[1], slots, k, self.most, len(self.eos),
+                num_warps=1,
             )  # fmt: skip
             if self.most > 1:
                 _guess_kernel[(rows,)](self.state, self.context, self.ends, cap, slots, self.most, self.near, 1024)

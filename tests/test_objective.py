@@ -466,10 +466,14 @@ def test_micro_batches_hold_every_row_once_within_the_bound(bound):
     assert all(len(b) == 1 or len(b) * max(lengths[row] for row in b) <= bound for b in batches)
     assert len(batches) < 20 or bound < 30
     shared = [[train.Turn([row // 4] * 9, [2]), train.Turn([row // 4] * 9 + [1] * row, [3] * 3)] for row in range(20)]
-    for batch in (batches := train.micro_batches(shared, bound, shared=True)):
-        tokens = sum(row + 3 for row in batch) + 9 * len({row // 4 for row in batch})
+    batches = train.micro_batches(shared, bound, shared=True)
+    for batch, after in zip(batches, [*batches[1:], []], strict=True):
+        tokens, more = (sum(n + 3 for n in b) + 9 * len({n // 4 for n in b}) for b in (batch, batch + after[:1]))
         assert tokens <= bound or len(batch) == 1, "a prompt counts once"
+        assert not after or more > bound, "and the next row would not have fitted"
     assert sum(batches, []) == list(range(20))
+    shared = [[train.Turn([1], [2] * n)] for n in (3, 3, 3, 3, 3, 3, 3, 3, 99)]  # 124 tokens, 900 with pads
+    assert [len(train.micro_batches(shared, most, shared=True)) for most in (224, 225)] == [2, 1]
 
 
 def before_each_forward(monkeypatch: pytest.MonkeyPatch, act: Callable[[list], Any]) -> None:

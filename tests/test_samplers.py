@@ -518,7 +518,7 @@ INTERPRETED = """
 import torch, {module} as m, tests_of_samplers as t
 model = t.make_model(t.CONFIGS["qwen3"], {{"r": 17}})
 plain, kernels = t.make("decoder", model), t.make("decoder", model)
-kernels.kernels, kernels.most = True, 3
+kernels.kernels, kernels.most, kernels.block = True, 3, 16  # the vocabulary in four blocks
 for splits, prompts in ((None, t.PROMPTS[:2]), (4, t.PROMPTS[4:6])):
     kernels.splits = splits
     tokens, logps = kernels.generate(prompts, 3, 0.0, 0)
@@ -534,6 +534,8 @@ for splits, prompts in ((None, t.PROMPTS[:2]), (4, t.PROMPTS[4:6])):
     expected = plain.generate(longer, 2, 0.0, 0)
     assert tokens == expected[0], (tokens, expected[0])
     torch.testing.assert_close(torch.tensor(logps), torch.tensor(expected[1]), atol=1e-4, rtol=0)
+long = [[*range(5, 57)] * 5]  # over the end of a split, which is one block of 256 slots
+t.assert_log_probs(model, long, kernels.generate(long, 2, 0.0, 0), 1.0)
 (a, b), logps = kernels.generate([[5], [5]], 3, 2.0, 3)
 assert a != b
 assert [a, b] != kernels.generate([[5], [5]], 3, 2.0, 4)[0]
