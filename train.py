@@ -733,7 +733,7 @@ def stage_batches(stage: int, examples: int, config: Config) -> list[list[int]]:
 
 
 # ------------------------------------------------------------------------------------------------------------ model
-ENOUGH_TOKENS = 32768  # a micro-batch of as many keeps a card busy: more would take memory, and no less time
+ENOUGH_TOKENS = 32768  # of a micro-batch: with a fourth as many an H200 waited for the host (.github/RESULTS.md)
 ROPE_BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings that change with the length of the row
 LOSS_SCALE = 2.0**16  # of float16, at first and at most: a gradient of 1e-9, times this, is not rounded to 0
 
@@ -875,7 +875,7 @@ def load_with_unsloth(config: Config) -> tuple[Any, ...]:
         how = {"use_gradient_checkpointing": checkpointing, "random_state": config.train.seed}
         model = FastLanguageModel.get_peft_model(base, bias="none", **lora_settings(base, config), **how)
 
-    # Unsloth's own attention for shared prompts waits for a compiler, and backward took 333 ms where ours takes 80.
+    # Unsloth's own attention for shared prompts waits for a compiler; its backward took 333 ms where ours takes 85.
     unsloth.utils.attention_dispatch._flex_shared_prefix_attention = attend_in_rows
     switches = partial(FastLanguageModel.for_inference, model), partial(FastLanguageModel.for_training, model)
     # Cards before capability 8.0 have no fused attention for grouped heads.
@@ -2098,6 +2098,7 @@ if triton is not None:
             done |= (going & ended).to(tl.int64)
             if j + 1 < K:
                 going &= (ended == 0) & (token == tl.load(state + (5 + j) * CAP + row))
+        tl.debug_barrier()  # every warp has read the state
         tl.store(lengths + prompt, count + taken)
         tl.store(state + row, last)
         tl.store(state + CAP + row, pos + taken)
@@ -2515,7 +2516,6 @@ class Decoder:
             _advance_kernel[(rows,)](
                 *made, self.control, self.eos, self.state, self.tokens, self.logps, self.lengths, self.context,
                 self.ends, self.pad, cap, self.tokens.shape[1], slots, k, self.most, len(self.eos),
-                num_warps=1,
             )  # fmt: skip
             if self.most > 1:
                 _guess_kernel[(rows,)](self.state, self.context, self.ends, cap, slots, self.most, self.near, 1024)

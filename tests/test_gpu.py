@@ -213,19 +213,15 @@ def test_rows_that_share_a_prompt_have_the_log_probs_and_gradients_of_whole_rows
 
     policy, alone = make_gpu_policy(True), ragged_rows(12)
     move(policy)
-    assert policy.share
     rows = [[train.Turn(alone[row // 4][0].prompt * 3, turn.completion)] for row, (turn,) in enumerate(alone)]
-    found = {}
-    for share, checkpointing in ((policy.share, False), ("", False), (policy.share, True)):
-        policy.share = share
+    found, shared = [], policy.share
+    for policy.share, checkpointing in (("", False), (shared, False), (shared, True)):
         FastLanguageModel.for_training(policy.model, checkpointing)
         log_probs = train.completion_log_probs(policy, rows, 0.8)
         (log_probs * torch.linspace(-1, 1, len(log_probs), device="cuda")).sum().backward()
-        gradient = torch.cat([weight.grad.flatten() for weight in policy.trainable.values()])
-        found[bool(share), checkpointing] = log_probs.detach(), gradient
-        for weight in policy.trainable.values():
-            weight.grad = None
-    whole, of_whole = found.pop((False, False))
-    for log_probs, gradient in found.values():
-        assert (log_probs - whole).abs().mean().item() < 0.01 * whole.abs().mean().item()
+        found.append((log_probs.detach(), torch.cat([weight.grad.flatten() for weight in policy.trainable.values()])))
+        policy.model.zero_grad(set_to_none=True)
+    (whole, of_whole), *others = found
+    for log_probs, gradient in others:
+        assert shared and (log_probs - whole).abs().mean().item() < 0.01 * whole.abs().mean().item()
         assert torch.cosine_similarity(gradient, of_whole, dim=0).item() > 0.99

@@ -519,53 +519,42 @@ import torch, {module} as m, tests_of_samplers as t
 model = t.make_model(t.CONFIGS["qwen3"], {{"r": 17}})
 plain, kernels = t.make("decoder", model), t.make("decoder", model)
 kernels.kernels, kernels.most, kernels.block = True, 3, 16  # the vocabulary in four blocks
-for splits, prompts in ((None, t.PROMPTS[:2]), (4, t.PROMPTS[4:6])):
-    kernels.splits = splits
-    tokens, logps = kernels.generate(prompts, 3, 0.0, 0)
-    expected = plain.generate(prompts, 3, 0.0, 0)
-    assert tokens == expected[0], (tokens, expected[0])
-    torch.testing.assert_close(torch.tensor(logps), torch.tensor(expected[1]), atol=1e-4, rtol=0)
-    longer = [[*p, *row, 40, 41] for p, row in zip(prompts, tokens)]
+def same(prompts, new):
+    made, expected = (decoder.generate(prompts, new, 0.0, 0) for decoder in (kernels, plain))
+    assert made[0] == expected[0], (made[0], expected[0])
+    torch.testing.assert_close(*(torch.tensor(logps) for _, logps in (made, expected)), atol=1e-4, rtol=0)
+    return made[0]
+for kernels.splits, prompts in ((None, t.PROMPTS[:2]), (4, t.PROMPTS[4:6])):
+    longer = [[*p, *row, 40, 41] for p, row in zip(prompts, same(prompts, 3))]
     kernels.keeps = True
-    kernels.generate(prompts, 3, 0.0, 0)
-    assert kernels.kept
+    assert kernels.generate(prompts, 3, 0.0, 0) and kernels.kept
     kernels.keeps = False
-    tokens, logps = kernels.generate(longer, 2, 0.0, 0)
-    expected = plain.generate(longer, 2, 0.0, 0)
-    assert tokens == expected[0], (tokens, expected[0])
-    torch.testing.assert_close(torch.tensor(logps), torch.tensor(expected[1]), atol=1e-4, rtol=0)
-long = [[*range(5, 57)] * 5]  # over the end of a split, which is one block of 256 slots
-t.assert_log_probs(model, long, kernels.generate(long, 2, 0.0, 0), 1.0)
+    same(longer, 2)
+t.assert_log_probs(model, long := [[*range(5, 57)] * 5], kernels.generate(long, 2, 0.0, 0), 1.0)  # past one split
 (a, b), logps = kernels.generate([[5], [5]], 3, 2.0, 3)
 assert a != b
 assert [a, b] != kernels.generate([[5], [5]], 3, 2.0, 4)[0]
 t.assert_log_probs(model, [[5], [5]], ([a, b], logps), 2.0)
 assert kernels.generate([[5]], 3, 2.0, 3, first_row=1)[0] == [b], "the noise is the row number's"
-step, steps, taken = kernels._step, [], {{}}
+step, steps = kernels._step, []
 kernels._step = lambda rows: steps.append(rows) or step(rows)
-for eos in (61, 21):  # 21 stands behind a guess
+for eos, length in ((61, 10), (21, 8)):  # 21 stands behind a guess
+    kernels.eos, made, steps[:] = torch.tensor([eos]), [], []
     for kernels.most in (1, 3):
         kernels.release()
-        kernels.eos = torch.tensor([eos])
-        taken[kernels.most] = *kernels.generate([[9], [5, 6, 7] * 3], 10, 0.3, 3), len(steps)
-        steps.clear()
-    (rows, logps, n), (same, close, fewer) = taken.values()
-    assert rows == same and len(rows[1]) == (10 if eos == 61 else 8), (rows, same)
+        made += [(*kernels.generate([[9], [5, 6, 7] * 3], 10, 0.3, 3), len(steps))]
+    (rows, logps, n), (same, close, both) = made
+    assert rows == same and len(rows[1]) == length and both < 2 * n, (rows, same, n, both)
     torch.testing.assert_close(*(torch.tensor(sum(part, [])) for part in (logps, close)), atol=1e-4, rtol=0)
-assert fewer < n, "no guess was right"
 own, near = [1, 7, 2, 3, 7], [5, 3, 7, 8, 9, 6]
 for texts, guesses in (
-    ([own], [2, 3]),  # after the last 7 before this one
-    ([[4, 5, 6]], [6, 6]),  # nothing like it: the last token again
-    ([own, near], [8, 9]),  # 3, 7 stood there, and 7 alone here
-    ([[3, 7, 4, 3, 7], near], [4, 3]),  # as much here as there
-    ([[9, 9, 6], near], [6, 6]),  # one token, at their end
-    ([[2, 7], near], [7, 7]),  # one token of theirs is not enough
+    ([own], [2, 3]), ([[4, 5, 6]], [6, 6]),  # after the last 7 before this one; nothing like it: the last token again
+    ([own, near], [8, 9]), ([[3, 7, 4, 3, 7], near], [4, 3]),  # 3, 7 stood there, 7 alone here; as much here as there
+    ([[9, 9, 6], near], [6, 6]), ([[2, 7], near], [7, 7]),  # one token, at their end; one of theirs is not enough
     ([[5, 3, 7]] + [near[:3]] * 6 + [[0, 5, 3, 7, 1]], [1, 7]),  # what is known ends there
 ):
-    state, context = torch.zeros(7, 16, dtype=torch.long), torch.full((16, 32), 7)
-    ends = torch.zeros(16, dtype=torch.long)
-    state[4, 0] = 8
+    (state, ends), context = (torch.zeros(n, 16, dtype=torch.long) for n in (7, 1)), torch.full((16, 32), 7)
+    state[4, 0], ends = 8, ends[0]
     for prompt, text in enumerate(texts, 8):
         context[prompt, : len(text)], ends[prompt] = torch.tensor(text), len(text) - 1
     m._guess_kernel[(1,)](state, context, ends, 16, 32, 3, 8, 16)
