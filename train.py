@@ -367,6 +367,22 @@ def check_adapter(folder: Path, config: Config) -> None:
     )
 
 
+UNSLOTH_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def written_for_unsloth(config: Config | None) -> bool:
+    """Whether Unsloth has code of its own for the model's family, by its config.json. For others its import changes the
+    code of transformers, and compiles it: .github/RESULTS.md."""
+    with suppress(Exception):  # loading will say what is wrong with the model
+        from huggingface_hub import hf_hub_download
+
+        name = config.model.name
+        file = Path(name, "config.json") if Path(name).is_dir() else hf_hub_download(name, "config.json")
+        return json.loads(Path(file).read_bytes())["model_type"] in UNSLOTH_FAMILIES
+    return True
+
+
+ARGS = CONFIG = None
 if __name__ == "__main__":  # here, so that a mistyped key costs a second, not the minute that the imports may take
     try:
         ARGS, CONFIG = parse_command_line()
@@ -389,7 +405,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW, Optimizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu")
-if DEVICE.type != "cpu":  # Unsloth runs on these, and must be imported before transformers and peft
+if DEVICE.type != "cpu" and written_for_unsloth(CONFIG):  # it must be imported before transformers and peft
     with redirect_stdout(io.StringIO()):  # its banner
         import unsloth  # noqa: F401
 
@@ -848,9 +864,8 @@ def check_length(text: Any, config: Config) -> None:
 
 
 def unsloth_serves(text: Any) -> bool:
-    """Whether Unsloth runs here and has code of its own for the model. For others it compiles transformers' code, some
-    of which can then not be captured as a graph: .github/RESULTS.md."""
-    written = text.model_type in ("llama", "mistral", "qwen2", "qwen3") and not hasattr(text, "multimodal_parent")
+    """Whether Unsloth runs here and has code of its own for the model."""
+    written = text.model_type in UNSLOTH_FAMILIES and not hasattr(text, "multimodal_parent")
     by_length = (getattr(text, "rope_parameters", None) or {}).get("rope_type") in ROPE_BY_LENGTH
     return DEVICE.type != "cpu" and written and not by_length and not getattr(text, "sliding_window", None)
 

@@ -263,3 +263,9 @@ def test_all_linear_is_every_linear_layer_that_can_have_an_adapter(family: Simpl
 def test_a_family_that_is_random_in_training_is_refused(load: Callable[..., Any]) -> None:
     with pytest.raises(train.UserError, match="^model.name: .* it draws its experts at random in training$"):
         load(tiny("Phimoe", num_local_experts=4, num_experts_per_tok=2, sliding_window=None))
+
+
+@pytest.mark.parametrize(("family", "its_own"), [("qwen2", True), ("gemma3_text", False), (None, True)])
+def test_unsloth_is_imported_for_the_families_that_it_has_code_for(tmp_path, family, its_own):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family} if family else {}))
+    assert train.written_for_unsloth(SimpleNamespace(model=SimpleNamespace(name=str(tmp_path)))) is its_own
