@@ -1376,45 +1376,20 @@ def lay_out(policy: Policy, conversations: Conversations) -> tuple[Tensor, dict[
         for b in group:
             own = torch.arange(end, end := end + len(rows[b]) - len(prompt))
             together.append(torch.cat([shared, own]))
-    packed, positions = torch.zeros(2, 1, end, dtype=torch.long)
-    for row, place in zip(rows, together, strict=True):
-        packed[0, place], positions[0, place] = row, torch.arange(len(row))
-    there, starts = by_value(torch.cat(together), torch.cat(apart), end)
-    spread = pad_sequence(together, True), there, starts  # each row's tokens, and where each token stands in the rows
-    back = there[starts], *by_value(there[starts], torch.arange(end), ids.numel())
-    attention = {policy.share: [[t.to(DEVICE) for t in part] for part in (spread, back)]}
+    packed, positions, back = torch.zeros(3, 1, end, dtype=torch.long)
+    for row, place, there in zip(rows, together, apart, strict=True):
+        packed[0, place], positions[0, place], back[0, place] = row, torch.arange(len(row)), there
+    attention = {policy.share: [t.to(DEVICE) for t in (pad_sequence(together, True), back[0])]}
     return packed, attention | {"position_ids": positions.to(DEVICE)}, together
-
-
-def by_value(values: Tensor, things: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The things sorted by their values, whole numbers below `count`, and where those of each value start."""
-    sizes = values.bincount(minlength=count)
-    return things[values.argsort(stable=True)], sizes.cumsum(0) - sizes
-
-
-class Gather(torch.autograd.Function):
-    """x[index] of x [N, heads, head_dim]. Backward sums, for each n, the gradients at places[starts[n]:starts[n + 1]],
-    those of x[n], in float32 and in one order: torch's own backward adds in any."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, places: Tensor, starts: Tensor):
-        ctx.save_for_backward(places, starts)
-        return x[index]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor):
-        places, starts = ctx.saved_tensors
-        whole = F.embedding_bag(places, gradient.flatten(0, -3).flatten(1), starts, mode="sum")
-        return whole.unflatten(1, gradient.shape[-2:]), None, None, None
 
 
 def attend_in_rows(q: Tensor, k: Tensor, v: Tensor, rows: list, scale: float | None = None) -> Tensor:
     """Causal attention where rows share prompts: q, k and v [1, T, heads, head_dim] -> the same. All else sees a prompt
     once; attention, a small part of the work, sees whole rows, each token's of which `lay_out` gives."""
     spread, back = rows
-    whole = (Gather.apply(x[0], *spread).transpose(1, 2) for x in (q, k, v))  # [B, heads, L, head_dim]
+    whole = (F.embedding(spread, x[0].flatten(1)).unflatten(2, x.shape[2:]).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(*whole, is_causal=True, scale=scale, enable_gqa=True)
-    return Gather.apply(out.transpose(1, 2).flatten(0, 1), *back)[None]
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, back)[None]
 
 
 def completion_log_probs(policy: Policy, conversations: Conversations, temperature: float) -> Tensor:
