@@ -405,6 +405,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW, Optimizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu")
+torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans for each new length: .13 s of an update on an H200
 if DEVICE.type != "cpu" and written_for_unsloth(CONFIG):  # it must be imported before transformers and peft
     with redirect_stdout(io.StringIO()):  # its banner
         import unsloth  # noqa: F401
