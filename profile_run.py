@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib.metadata
-import importlib.util
 import json
 import math
 import netrc
@@ -177,7 +176,7 @@ def made_with() -> dict[str, Any]:
     """The versions and the commit that a run's numbers were made with."""
     versions = {"python": sys.version.split()[0]}
     for name in ("torch", "transformers", "peft", "unsloth", "datasets"):
-        versions[name] = importlib.metadata.version(name) if importlib.util.find_spec(name) else None
+        versions[name] = importlib.metadata.version(name) if name in sys.modules else None
     return {"versions": versions, "git_commit": git_commit()}
 
 
@@ -605,7 +604,7 @@ def time_decoding(train: Any, policy: Any, pool: list[Any], sizes: list[int]) ->
             runs.append(timed(train, lambda how=how: train.sample(*how))[0])
         seconds = statistics.median(runs[1:])
         print(f"{policy.sampler.name:<20} {size:>5} rows {size * DECODE_TOKENS / seconds:>9,.0f} tokens/s "
-              f"{1e3 * seconds / DECODE_TOKENS:>8.2f} ms a token step (first {runs[0]:.2f} s)")  # fmt: skip
+              f"{1e3 * seconds / DECODE_TOKENS:>8.2f} ms a token of each row (first {runs[0]:.2f} s)")  # fmt: skip
 
 
 def majority(turns: list[Any], match: Callable[[str, str], bool]) -> Any:

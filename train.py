@@ -148,7 +148,7 @@ class RewardConfig(Section):
 class TrainConfig(Section):
     stage1_batch_size: int = key(64, "problems an optimizer step in Stage I", ge=1)
     stage2_batch_size: int = key(64, "problems an optimizer step in Stage II", ge=1)
-    micro_batch_size: int = key(8, "full-length rows that go through the update at once: memory, not results", ge=1)
+    micro_batch_size: int = key(8, "tokens of the update at once, in full-length rows: memory, not results", ge=1)
     stage1_epochs: Real = key(1, "passes over the train rows in Stage I; may be a fraction; 0 skips the stage", ge=0)
     stage2_epochs: Real = key(1, "the same for Stage II", ge=0)
     stage1_steps: int | None = key(None, "optimizer steps of Stage I; null: from stage1_epochs", ge=0)
@@ -370,19 +370,23 @@ def check_adapter(folder: Path, config: Config) -> None:
 UNSLOTH_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def written_for_unsloth(config: Config | None) -> bool:
-    """Whether Unsloth has code of its own for the model's family, by its config.json. For others its import changes the
-    code of transformers, and compiles it: .github/RESULTS.md."""
-    with suppress(Exception):  # loading will say what is wrong with the model
+def written_for_unsloth() -> bool:
+    """Whether Unsloth has code of its own for the model that the command line names, this script's or that of one that
+    imports it, by its config.json. For others its import changes the code of transformers: .github/RESULTS.md."""
+    flags = ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--config")
+    flags.add_argument("--ask", dest="config", type=lambda run: f"{run}/config.yaml")  # profile_run.py's
+    flags.add_argument("--set", nargs="+", action="extend", default=[])
+    with suppress(Exception, SystemExit):  # what is wrong there will be said where it is read for good
         from huggingface_hub import hf_hub_download
 
-        name = config.model.name
+        named, _ = flags.parse_known_args()
+        name = read_config(named.config, named.set).model.name
         file = Path(name, "config.json") if Path(name).is_dir() else hf_hub_download(name, "config.json")
         return json.loads(Path(file).read_bytes())["model_type"] in UNSLOTH_FAMILIES
     return True
 
 
-ARGS = CONFIG = None
 if __name__ == "__main__":  # here, so that a mistyped key costs a second, not the minute that the imports may take
     try:
         ARGS, CONFIG = parse_command_line()
@@ -406,7 +410,7 @@ from torch.optim import AdamW, Optimizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu")
 torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans for each new length: .13 s of an update on an H200
-if DEVICE.type != "cpu" and written_for_unsloth(CONFIG):  # it must be imported before transformers and peft
+if DEVICE.type != "cpu" and written_for_unsloth():  # it must be imported before transformers and peft
     with redirect_stdout(io.StringIO()):  # its banner
         import unsloth  # noqa: F401
 
@@ -751,6 +755,7 @@ def stage_batches(stage: int, examples: int, config: Config) -> list[list[int]]:
 
 # ------------------------------------------------------------------------------------------------------------ model
 ENOUGH_TOKENS = 32768  # of a micro-batch: with a fourth as many an H200 waited for the host (.github/RESULTS.md)
+ATTENTION_TOKENS = 4  # where rows share prompts, so many that only the attention sees count as one in a micro-batch
 ROPE_BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings that change with the length of the row
 LOSS_SCALE = 2.0**16  # of float16, at first and at most: a gradient of 1e-9, times this, is not rounded to 0
 
@@ -767,7 +772,7 @@ class Policy:
     think_prefix: str  # "<think>" where the chat template itself opens the tag, so that rewards see the pair
     for_generation: Callable[[], Any]
     for_training: Callable[[], Any]
-    micro_tokens: int  # tokens of a micro-batch of the update, pads included; an out-of-memory halves it
+    micro_tokens: int  # tokens of a micro-batch of the update, see `micro_batches`; an out-of-memory halves it
     logit_scale: float = 1.0  # the constant by which the family multiplies the head's output
     loss_scale: float = 1.0  # float16: a power of two above 1 by which the loss is multiplied, see `train_step`
     recompute: Callable[[], Any] | None = None  # `for_training` with gradient checkpointing, while `auto` is without
@@ -1296,7 +1301,7 @@ def use_less_memory(policy: Policy, longest: int) -> None:
         policy.for_training, policy.recompute = policy.recompute, None
         policy.for_training()
         how = "gradient checkpointing, as model.gradient_checkpointing: true has from the start"
-    elif policy.micro_tokens >= longest:
+    elif policy.micro_tokens * (ATTENTION_TOKENS if policy.share else 1) >= longest:
         policy.micro_tokens //= 2
         how = f"micro-batches of {policy.micro_tokens} tokens"
     else:
@@ -1346,14 +1351,14 @@ def add_gradients(
 
 def micro_batches(conversations: Conversations, max_tokens: int, shared: bool) -> list[list[int]]:
     """Conversations by index in groups of at most `max_tokens` tokens (and at least one conversation): the longest
-    first, pads counted. Where prompts are `shared`, problem by problem, a prompt counted once; but the rows that the
-    attention sees, with pads, count a fourth."""
+    first, pads counted. Where prompts are `shared`, problem by problem, a prompt counted once; but of the rows that the
+    attention sees, with pads, ATTENTION_TOKENS count as one."""
     lengths, batches, tokens, longest = [len(c[-1].prompt) + len(c[-1].completion) for c in conversations], [], 0, 0
     for row in range(len(lengths)) if shared else sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         prompt, before = (conversations[n][0].prompt for n in (row, row - 1))
         tokens, longest = tokens + lengths[row] - len(prompt) * (prompt == before), max(longest, lengths[row])
         whole = (len(batches[-1]) + 1) * longest if batches else 0
-        if not batches or (max(tokens, whole // 4) if shared else whole) > max_tokens:
+        if not batches or (max(tokens, whole // ATTENTION_TOKENS) if shared else whole) > max_tokens:
             batches.append([])
             tokens = longest = lengths[row]
         batches[-1].append(row)
@@ -1881,8 +1886,8 @@ class Generate:
 # outlive the cache, which each rollout allocates at its own size and frees before the update. Attempt 2 goes on from
 # attempt 1's K/V: only the bridge is new. A step also reads guesses of a row's next tokens, copied from where its last
 # ones stood before, in its own text or its neighbours'. A guess is right if it is the token that is chosen anyway, by
-# the noise of its place: samples stay what they are, and rows end in fewer steps. (fmt: skip keeps long signatures at
-# one kind of argument a line.)
+# the noise of its place: samples stay what they are, but for rounding, and rows end in fewer steps. (fmt: skip keeps
+# long signatures at one kind of argument a line.)
 if triton is not None:
 
     @triton.jit

@@ -266,6 +266,8 @@ def test_a_family_that_is_random_in_training_is_refused(load: Callable[..., Any]
 
 
 @pytest.mark.parametrize(("family", "its_own"), [("qwen2", True), ("gemma3_text", False), (None, True)])
-def test_unsloth_is_imported_for_the_families_that_it_has_code_for(tmp_path, family, its_own):
+def test_unsloth_is_imported_for_the_families_that_it_has_code_for(tmp_path, monkeypatch, family, its_own):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family} if family else {}))
-    assert train.written_for_unsloth(SimpleNamespace(model=SimpleNamespace(name=str(tmp_path)))) is its_own
+    command = ["profile_run.py", "--config", "configs/tiny.yaml", "--n", "4", "--set", f"model.name={tmp_path}"]
+    monkeypatch.setattr("sys.argv", command)
+    assert train.written_for_unsloth() is its_own

@@ -469,6 +469,9 @@ def test_micro_batches_hold_every_row_once_within_the_bound(bound):
     assert sizes == [[1] * 8, [3, 1, 3, 1], [4, 4], [7, 1], [8]], "a prompt counts once"
     shared = [[train.Turn([1], [2] * n)] for n in (3, 3, 3, 3, 3, 3, 3, 3, 99)]  # 124 tokens, 900 with pads
     assert [len(train.micro_batches(shared, most, True)) for most in (224, 225)] == [2, 1], "pads count a fourth"
+    policy = SimpleNamespace(recompute=None, micro_tokens=100, share="rows")
+    train.use_less_memory(policy, 101)
+    assert policy.micro_tokens == 50, "a micro-batch of 100 may have had several rows of 101"
 
 
 def before_each_forward(monkeypatch: pytest.MonkeyPatch, act: Callable[[list], Any]) -> None:
@@ -595,11 +598,12 @@ def test_train_step_skips_what_is_not_finite(policy, make_config, what, bad):
     assert train.train_step(policy, optimizer, conversations, 2, keys)["skipped"] is False
 
 
+@pytest.mark.parametrize("share", ["", "rows"])
 @pytest.mark.parametrize("at_call", [1, 4, 6, "all"])
-def test_out_of_memory_starts_the_update_over_with_smaller_micro_batches(scene, monkeypatch, at_call):
+def test_out_of_memory_starts_the_update_over_with_smaller_micro_batches(scene, monkeypatch, at_call, share):
     """Where even one row does not fit, the run ends."""
     sizes, before = [], weights_of(scene.policy)
-    scene.policy.micro_tokens = 60
+    scene.policy.micro_tokens, scene.policy.share = 60, share
 
     def full(rows: list) -> None:
         sizes.append(len(rows) * max(len(c[-1].prompt) + len(c[-1].completion) for c in rows))  # tokens and pads
