@@ -769,6 +769,7 @@ class Policy:
     micro_tokens: int  # tokens of a micro-batch of the update, pads included; an out-of-memory halves it
     logit_scale: float = 1.0  # the constant by which the family multiplies the head's output
     loss_scale: float = 1.0  # float16: a power of two above 1 by which the loss is multiplied, see `train_step`
+    memory_share: float = 0.5  # of the free GPU memory: what a rollout may take
     recompute: Callable[[], Any] | None = None  # `for_training` with gradient checkpointing, while `auto` is without
     sampler: Any = None
     share: str = ""  # the forward's argument for rows that share prompts, see `lay_out`; "": it has none
@@ -802,6 +803,7 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None) -> 
     longest = train.max_prompt_length_attempt2 + train.max_new_tokens_attempt2
     switches = for_generation, partial(for_training, config.model.gradient_checkpointing is True)
     policy = Policy(model, tokenizer, eos, pad, bridge, think_prefix, *switches, train.micro_batch_size * longest)
+    policy.memory_share = config.model.fast_inference_gpu_mem
     if config.model.gradient_checkpointing == "auto":  # it costs time, so it waits for an out-of-memory
         policy.recompute = partial(for_training, True)
         policy.micro_tokens = min(policy.micro_tokens, max(longest, ENOUGH_TOKENS))
@@ -1175,7 +1177,7 @@ def take_turns(
     if earlier:
         prompts = [[*last.prompt, *last.written, *policy.bridge] for *_, last in earlier]
         budget = config.train.max_new_tokens_attempt2
-    made = sample(policy, prompts, budget, temperature, seed, memory_share=config.model.fast_inference_gpu_mem)
+    made = sample(policy, prompts, budget, temperature, seed)
     turns = [
         Turn(prompt, completion, truncated=completion[-1] not in policy.eos_token_ids, log_probs=log_probs)
         for prompt, completion, log_probs in zip(prompts, *made, strict=True)
@@ -1791,23 +1793,20 @@ def check_exact(sampler: Any, policy: Policy) -> Any:
     return sampler
 
 
-def sample(
-    policy: Policy, prompts: Rows, max_new_tokens: int, temperature: float, seed: str, first_row: int = 0,
-    memory_share: float = 0.5,
-) -> Made:  # fmt: skip
+def sample(policy: Policy, prompts: Rows, max_new_tokens: int, temperature: float, seed: str) -> Made:
     """B completions and their log-probs, sampled from softmax(logits / temperature); 0 is greedy, log-probs as for 1.
 
-    Row i is row number first_row + i of this seed. Where the free memory holds fewer rows, they go in parts."""
-    if rows_that_fit(policy, prompts, max_new_tokens, memory_share) < len(prompts):
+    Row i is row number i of this seed. Where the free memory holds fewer rows, they go in parts."""
+    if rows_that_fit(policy, prompts, max_new_tokens) < len(prompts):
         policy.sampler.keeps, policy.sampler.kept = False, None  # parts are prefilled whole: K/V would only take memory
-    size = rows_that_fit(policy, prompts, max_new_tokens, memory_share)
+    size = rows_that_fit(policy, prompts, max_new_tokens)
     how, starts = (max_new_tokens, temperature, random.Random(seed).getrandbits(62)), range(0, len(prompts), size)
-    parts = [policy.sampler.generate(prompts[at : at + size], *how, first_row + at) for at in starts]
+    parts = [policy.sampler.generate(prompts[at : at + size], *how, at) for at in starts]
     return [row for rows, _ in parts for row in rows], [row for _, rows in parts for row in rows]
 
 
-def rows_that_fit(policy: Policy, prompts: Rows, max_new_tokens: int, memory_share: float) -> int:
-    """How many of the rows decode together: their K/V cache and logits may take this share of the free memory."""
+def rows_that_fit(policy: Policy, prompts: Rows, max_new_tokens: int) -> int:
+    """How many of the rows decode together: their K/V cache and logits take the policy's share of the free memory."""
     if DEVICE.type != "cuda" or not prompts:
         return max(1, len(prompts))
     config, slots = policy.model.config.get_text_config(), max(map(len, prompts)) + max_new_tokens
@@ -1815,7 +1814,7 @@ def rows_that_fit(policy: Policy, prompts: Rows, max_new_tokens: int, memory_sha
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     row = 4 * config.num_hidden_layers * kv_heads * head_dim * slots + 8 * config.vocab_size  # bf16 K, V; f32 logits
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return max(1, int(memory_share * free / row))
+    return max(1, int(policy.memory_share * free / row))
 
 
 def row_uniforms(seed: int, first_row: int, rows: int, count: int) -> torch.Tensor:
