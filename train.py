@@ -304,15 +304,12 @@ def check_config(tree: dict[str, Any]) -> Config:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise UserError("\n".join(dict.fromkeys(map(fault_line, error.errors())))) from None
-    train, functions, weights = config.train, config.reward.fn, config.reward.weights
+    data, train, functions, weights = config.dataset, config.train, config.reward.fn, config.reward.weights
     rollouts, corrections, compared = train.num_generations, train.stage1_corrections, train.baseline != "none"
     alone = rollouts == 1 or not compared
     few = "the baseline compares first attempts, of which a step needs 2 or more; raise it"
     refuse(
-        (
-            config.dataset.split and not config.dataset.test_split_size,
-            "dataset.test_split_size: dataset.split needs it",
-        ),
+        (data.split and not data.test_split_size, "dataset.test_split_size: dataset.split needs it"),
         (len(weights or functions) != len(functions), f"reward.weights: needs {len(functions)}, one a function"),
         (rollouts % corrections, f"train.stage1_corrections: must divide train.num_generations, {rollouts}"),
         (compared and train.stage1_batch_size * rollouts == corrections, f"train.stage1_batch_size: {few}"),
@@ -518,19 +515,17 @@ Conversations = list[list["Turn"]]  # a conversation is the list of its turns
 
 def load_tokenizer(config: Config) -> Any:
     """The tokenizer with its chat template. Raises UserError."""
-    name, template = config.model.name, config.model.chat_template
+    name, given = config.model.name, config.model.chat_template
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=config.model.trust_remote_code)
     except Exception as error:  # a wrong name, no network, or a damaged file: each library has its own class for it
         place = "there" if os.path.isdir(name) else "on the hub, and no folder here"
         raise UserError(f"model.name: {name}: no tokenizer {place}: {first_line(error)}") from None
-    if template:
+    if template := given:
         with suppress(OSError, ValueError):  # no file: it is the template itself
-            template = Path(os.path.expanduser(template)).read_bytes().decode("utf-8-sig", errors="replace")
+            template = Path(os.path.expanduser(given)).read_bytes().decode("utf-8-sig", errors="replace")
         if not ("{{" in template or "{%" in template) or "\ufffd" in template:
-            raise UserError(
-                f"model.chat_template: no Jinja template, nor a UTF-8 file of one: {config.model.chat_template!r}"
-            )
+            raise UserError(f"model.chat_template: no Jinja template, nor a UTF-8 file of one: {given!r}")
         tokenizer.chat_template = template
     if not tokenizer.chat_template:
         with suppress(Exception):  # multimodal families may keep it beside the tokenizer, for their processor
@@ -626,9 +621,6 @@ def hold_out(rows: list[Example], count: int | None, name: str) -> tuple[list[Ex
     return kept, held_out
 
 
-READERS = {".csv": "csv", ".parquet": "parquet"}  # of a single file; any other is JSON
-
-
 def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
     """The dataset's splits by name: from a file, a folder (laid out as on the hub, or by save_to_disk) or the hub. Each
     split of a folder is read by itself: its columns may have other types than another's. Raises UserError."""
@@ -639,7 +631,8 @@ def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
         if any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
             loaded = datasets.load_from_disk(str(path))
         elif path.is_file():
-            loaded = datasets.load_dataset(READERS.get(path.suffix, "json"), data_files=str(path))
+            reader = path.suffix[1:] if path.suffix in (".csv", ".parquet") else "json"
+            loaded = datasets.load_dataset(reader, data_files=str(path))
         elif path.is_dir():
             found, loaded = datasets.load_dataset_builder(str(path), name), {}
             for split, files in found.config.data_files.items():
