@@ -1802,7 +1802,7 @@ def rows_that_fit(policy: Policy, prompts: Rows, max_new_tokens: int) -> int:
     """How many of the rows decode together: their K/V cache and logits take the policy's share of the free memory."""
     if DEVICE.type != "cuda" or not prompts:
         return max(1, len(prompts))
-    config, slots = policy.model.config.get_text_config(), max(map(len, prompts)) + max_new_tokens
+    config, slots = policy.model.config, max(map(len, prompts)) + max_new_tokens
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     row = 4 * config.num_hidden_layers * kv_heads * head_dim * slots + 8 * config.vocab_size  # bf16 K, V; f32 logits
@@ -2551,9 +2551,7 @@ class GraphSampler(Decoder):
     compact, most = False, 1
 
     def __init__(self, policy: Policy):
-        self.policy, self.base, config = policy, policy.model.get_base_model(), policy.model.config
-        if config.get_text_config() is not config:
-            raise ValueError("it is a composite model")
+        self.policy, self.base = policy, policy.model.get_base_model()
         self._set_up(policy)
         modules = [*self.base.modules()]
         norms = [m for m in modules if type(m).__name__.endswith("RMSNorm") and getattr(m, "weight", None) is not None]
