@@ -2561,19 +2561,9 @@ class GraphSampler(Decoder):
         self.forwards += [(linear.modules[0], linear.forward) for linear in self.linears]
 
     def generate(self, *request: Any, **more: Any) -> Made:
-        """As Decoder.generate."""
-        before = torch.cuda.memory_allocated()
-        with generating(self.policy), self._as_sampled():
-            made = super().generate(*request, **more)
-        if not self.graphed or torch.cuda.memory_allocated() - before > 0.05 * torch.cuda.mem_get_info()[1]:
-            self.release()
-        return made
-
-    @contextmanager
-    def _as_sampled(self) -> Iterator[None]:
-        """Inside, a projection with LoRA is two products and a norm one kernel between two casts; query heads share
-        their K/V head without copies of it."""
-        attention = self.base.config._attn_implementation
+        """As Decoder.generate. Meanwhile a projection with LoRA is two products and a norm one kernel between two
+        casts; query heads share their K/V head without copies of it."""
+        attention, before = self.base.config._attn_implementation, torch.cuda.memory_allocated()
         try:
             for linear in self.linears:
                 linear.reload()
@@ -2581,11 +2571,15 @@ class GraphSampler(Decoder):
                 module.forward = forward
             if attention == "sdpa":
                 self.base.set_attn_implementation("grouped")
-            yield
+            with generating(self.policy):
+                made = super().generate(*request, **more)
         finally:
             self.base.set_attn_implementation(attention)
             for module, _ in self.forwards:
                 vars(module).pop("forward", None)
+        if not self.graphed or torch.cuda.memory_allocated() - before > 0.05 * torch.cuda.mem_get_info()[1]:
+            self.release()
+        return made
 
     def _start(self, prompts: Rows, rows: int, max_new_tokens: int, *how) -> None:
         ids, mask = pad_left(prompts + [prompts[0]] * (rows - len(prompts)), self.pad)
