@@ -2218,6 +2218,7 @@ class Decoder:
         self.most = max(1, min(self.most, room // (self.heads // self.kv)))
         with torch.inference_mode(False), torch.no_grad():  # a weight that is an inference tensor could not train
             self.layers = [self._fuse(layer) for layer in self.backbone.layers]
+        self.linears = [part for layer in self.layers for part in (layer.qkv, layer.o, layer.gate_up, layer.down)]
 
     def _set_up(self, policy: Policy) -> None:
         """What does not depend on the architecture."""
@@ -2249,6 +2250,8 @@ class Decoder:
     def generate(self, prompts: Rows, max_new_tokens: int, temperature: float, seed: int, first_row: int = 0) -> Made:
         """As `sample`, for rows that fit in memory."""
         rows = rows_for_graph(len(prompts)) if self.graphed else len(prompts)
+        for linear in self.linears:
+            linear.reload()
         self._start(prompts, rows, max_new_tokens, temperature, seed, first_row)
         self._continue(rows, max_new_tokens)
         ends = [*enumerate(self.lengths[: len(prompts)].tolist())]
@@ -2262,8 +2265,6 @@ class Decoder:
 
     def _start(self, prompts: Rows, rows: int, max_new_tokens: int, *how) -> None:
         """Prefill and the first token of each row. `how`: temperature, seed, first_row."""
-        for linear in (part for layer in self.layers for part in (layer.qkv, layer.o, layer.gate_up, layer.down)):
-            linear.reload()
         kept, self.kept = self._kept_for(prompts), None
         seen: dict[tuple, int] = {}  # equal prompts are prefilled once, in the first rows, longest first
         first = [seen.setdefault(tuple(prompt), i) for i, prompt in enumerate(prompts)]
@@ -2565,8 +2566,6 @@ class GraphSampler(Decoder):
         casts; query heads share their K/V head without copies of it."""
         attention, before = self.base.config._attn_implementation, torch.cuda.memory_allocated()
         try:
-            for linear in self.linears:
-                linear.reload()
             for module, forward in self.forwards:
                 module.forward = forward
             if attention == "sdpa":
