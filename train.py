@@ -2200,7 +2200,6 @@ class Decoder:
     step_tokens = 256  # of all rows: more than these would cost more than right guesses win
     block = 4096  # logits that a program of the choosing kernel reads at once
     burst = 4  # graph replays between two looks at which rows have ended
-    splits: int | None = None  # programs that share one row's attention; None: enough to fill the card
     prompt_tokens = 8192  # prompt tokens in one forward pass, pads included
 
     def __init__(self, policy: Policy):
@@ -2464,8 +2463,8 @@ class Decoder:
             _, _, mask, read = plan
             k, v = self.cache[index, :, :, :, : mask.shape[-1]][:, read]
             return F.scaled_dot_product_attention(q.view(n, self.kv, group, dim), k, v, attn_mask=mask).view(n, -1)
-        splits, out = self.splits or 1, torch.empty_like(q)
-        while self.splits is None and splits < 16 and n // width * self.kv * splits <= self.processors:
+        splits, out = 1, torch.empty_like(q)
+        while splits < 16 and n // width * self.kv * splits <= self.processors:  # until the card is full
             splits *= 2
         part = q.new_empty(n * self.heads * splits * (dim + 2) * (splits > 1), dtype=torch.float32)
         wide = max(16, triton.next_power_of_2(dim))

@@ -522,7 +522,7 @@ def same(prompts, new):
     assert made[0] == expected[0], (made[0], expected[0])
     torch.testing.assert_close(*(torch.tensor(logps) for _, logps in (made, expected)), atol=1e-4, rtol=0)
     return made[0]
-for kernels.splits, prompts in ((None, t.PROMPTS[:2]), (4, t.PROMPTS[4:6])):
+for kernels.processors, prompts in ((1, t.PROMPTS[:2]), (8, t.PROMPTS[4:6])):  # the row's attention whole, in parts
     longer = [[*p, *row, 40, 41] for p, row in zip(prompts, same(prompts, 3))]
     kernels.keeps = True
     assert kernels.generate(prompts, 3, 0.0, 0) and kernels.kept
