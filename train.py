@@ -2121,18 +2121,6 @@ if triton is not None:
             tl.store(state + (4 + j) * CAP + row, tl.where(known, guess, last))
 
 
-def why_not_decodable(base: torch.nn.Module) -> str | None:
-    """Why Decoder does not serve this causal language model, as far as check_exact's short rows could not tell."""
-    config, family = base.config, type(base).__name__.removesuffix("ForCausalLM")
-    if family not in ("Llama", "Mistral", "Qwen2", "Qwen3"):
-        return f"{type(base).__name__} is not of the architecture of Llama, Mistral, Qwen2 or Qwen3"
-    if getattr(config, "sliding_window", None):
-        return "it uses sliding-window attention"
-    if len({weight.device for weight in base.parameters()}) > 1:
-        return "it is on several devices"
-    return None if config.hidden_act == "silu" else f"its activation is {config.hidden_act}, not silu"
-
-
 class FusedLinear:
     """Projections of one input (q/k/v, gate/up, o, down) as one product [W; A] x: outputs, then every LoRA's A x.
 
@@ -2203,11 +2191,19 @@ class Decoder:
     prompt_tokens = 8192  # prompt tokens in one forward pass, pads included
 
     def __init__(self, policy: Policy):
-        """Raises ValueError with why_not_decodable()'s reason. Re-points the base weights (see FusedLinear)."""
+        """Raises ValueError for a model that it does not serve, as far as check_exact's short rows could not tell.
+        Re-points the base weights (see FusedLinear)."""
         base = policy.model.get_base_model()
-        if reason := why_not_decodable(base):
-            raise ValueError(reason)
-        config, self.backbone, self.head = base.config, base.model, base.lm_head
+        config, family = base.config, type(base).__name__
+        if family.removesuffix("ForCausalLM") not in ("Llama", "Mistral", "Qwen2", "Qwen3"):
+            raise ValueError(f"{family} is not of the architecture of Llama, Mistral, Qwen2 or Qwen3")
+        if getattr(config, "sliding_window", None):
+            raise ValueError("it uses sliding-window attention")
+        if len({weight.device for weight in base.parameters()}) > 1:
+            raise ValueError("it is on several devices")
+        if config.hidden_act != "silu":
+            raise ValueError(f"its activation is {config.hidden_act}, not silu")
+        self.backbone, self.head = base.model, base.lm_head
         self.embedding, self.eps = self.backbone.embed_tokens.weight, config.rms_norm_eps
         self.heads, self.kv = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
