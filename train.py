@@ -1171,13 +1171,11 @@ def take_turns(
         prompts = [[*last.prompt, *last.written, *policy.bridge] for *_, last in earlier]
         budget = config.train.max_new_tokens_attempt2
     made = sample(policy, prompts, budget, temperature, seed)
-    turns = [
-        Turn(prompt, completion, truncated=completion[-1] not in policy.eos_token_ids, log_probs=log_probs)
-        for prompt, completion, log_probs in zip(prompts, *made, strict=True)
-    ]
-    how = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    for turn, text in zip(turns, policy.tokenizer.batch_decode([turn.written for turn in turns], **how), strict=True):
-        turn.text = policy.think_prefix + text
+    turns = []
+    for prompt, completion, log_probs in zip(prompts, *made, strict=True):
+        turn = Turn(prompt, completion, truncated=completion[-1] not in policy.eos_token_ids, log_probs=log_probs)
+        turn.text = policy.think_prefix + policy.tokenizer.decode(turn.written, clean_up_tokenization_spaces=False)
+        turns.append(turn)
     grade(turns, examples, config, earlier)
     return turns
 
