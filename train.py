@@ -1183,9 +1183,8 @@ def take_turns(
 def grade(turns: list[Turn], examples: list[Example], config: Config, earlier: Conversations) -> None:
     """Sets reward (the weighted sum of reward.fn), answer, correctness (by the answers alone). Raises RewardError."""
     wanted, texts, targets = config.reward, [turn.text for turn in turns], [example.target for example in examples]
-    extract, named = answer_reader(wanted.answer_extractor, wanted.match), {}
-    if rewards.trl_names(wanted.fn):
-        named = rewards.trl_arguments(turns, examples, earlier, opening_turns(config), config.prompts.self_correction)
+    extract = answer_reader(wanted.answer_extractor, wanted.match)
+    named = rewards.trl_arguments(turns, examples, earlier, opening_turns(config), config.prompts.self_correction)
     earned = rewards.compute_rewards(wanted.fn, wanted.weights, wanted.module, texts, targets, extract, named)
     for turn, target, reward in zip(turns, targets, earned, strict=True):
         turn.reward, turn.answer = reward, rewards.given_answer(turn.text, turn.truncated, extract)
