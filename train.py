@@ -2357,7 +2357,7 @@ class Decoder:
         return self.graphs[rows]
 
     def _step(self, rows: int) -> None:
-        k = max(1, min(self.most, self.step_tokens // rows)) if self.kernels else 1
+        k = max(1, min(self.most, self.step_tokens // rows))
         ids = torch.cat([self.state[:1, :rows], self.state[5 : 4 + k, :rows]]).T.flatten()
         pos = (self.state[1, :rows, None] + self.row_numbers[:k]).flatten()
         hidden = self._forward(ids, self.row_numbers[:rows].repeat_interleave(k), pos, width=k)
