@@ -1491,7 +1491,6 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 HARMLESS_KEYS = ("wandb_project", "output.", "model.fast_inference_gpu_mem", "model.gradient_checkpointing",
                  "train.micro_batch_size", "train.checkpoint_every")  # fmt: skip
 OPTIMIZER, RENDERED = "optimizer.safetensors", "rendered prompts.self_correction"
-REFRESH_SECONDS = 300.0  # results.md and curves.png are drawn at most this often between checkpoints
 
 
 @contextmanager
@@ -1601,7 +1600,6 @@ class Run:
     state: dict[str, Any]  # what its state.json says
     wandb: reports.Wandb
     started: float  # as if the run had never been interrupted
-    drawn: float = field(default_factory=time.time)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         file = self.folder / "metrics.jsonl"
@@ -1625,8 +1623,6 @@ class Run:
         shown = list(enumerate(conversations))[: None if event["skipped"] else 4]
         self.write(event, [where | reports.sample_row(problems[row // each], c) for row, c in shown])
         log(reports.step_line(event, steps))
-        if time.time() - self.drawn > REFRESH_SECONDS:
-            self.write_results()
         if event["step"] == min(5, steps) and not (self.folder / ".smoke").exists():  # which cuts budgets itself
             for line in reports.budget_warnings([e for e in self.events("train") if e["stage"] == event["stage"]]):
                 log(line)
@@ -1654,7 +1650,6 @@ class Run:
         """results.json, results.md, curves.png, and the newest checkpoint's card."""
         device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type
         reports.write_results(self, self.events("train"), self.events("eval"), device)
-        self.drawn = time.time()
 
     def write_state(self) -> None:
         """state.json, without which the checkpoint is none. What the logs hold past the sizes in it did not happen."""
