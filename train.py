@@ -304,15 +304,12 @@ def check_config(tree: dict[str, Any]) -> Config:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise UserError("\n".join(dict.fromkeys(map(fault_line, error.errors())))) from None
-    train, functions, weights = config.train, config.reward.fn, config.reward.weights
+    data, train, functions, weights = config.dataset, config.train, config.reward.fn, config.reward.weights
     rollouts, corrections, compared = train.num_generations, train.stage1_corrections, train.baseline != "none"
     alone = rollouts == 1 or not compared
     few = "the baseline compares first attempts, of which a step needs 2 or more; raise it"
     refuse(
-        (
-            config.dataset.split and not config.dataset.test_split_size,
-            "dataset.test_split_size: dataset.split needs it",
-        ),
+        (data.split and not data.test_split_size, "dataset.test_split_size: dataset.split needs it"),
         (len(weights or functions) != len(functions), f"reward.weights: needs {len(functions)}, one a function"),
         (rollouts % corrections, f"train.stage1_corrections: must divide train.num_generations, {rollouts}"),
         (compared and train.stage1_batch_size * rollouts == corrections, f"train.stage1_batch_size: {few}"),
@@ -523,19 +520,17 @@ Conversations = list[list["Turn"]]  # a conversation is the list of its turns
 
 def load_tokenizer(config: Config) -> Any:
     """The tokenizer with its chat template. Raises UserError."""
-    name, template = config.model.name, config.model.chat_template
+    name, given = config.model.name, config.model.chat_template
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=config.model.trust_remote_code)
     except Exception as error:  # a wrong name, no network, or a damaged file: each library has its own class for it
         place = "there" if os.path.isdir(name) else "on the hub, and no folder here"
         raise UserError(f"model.name: {name}: no tokenizer {place}: {first_line(error)}") from None
-    if template:
+    if template := given:
         with suppress(OSError, ValueError):  # no file: it is the template itself
-            template = Path(os.path.expanduser(template)).read_bytes().decode("utf-8-sig", errors="replace")
+            template = Path(os.path.expanduser(given)).read_bytes().decode("utf-8-sig", errors="replace")
         if not ("{{" in template or "{%" in template) or "\ufffd" in template:
-            raise UserError(
-                f"model.chat_template: no Jinja template, nor a UTF-8 file of one: {config.model.chat_template!r}"
-            )
+            raise UserError(f"model.chat_template: no Jinja template, nor a UTF-8 file of one: {given!r}")
         tokenizer.chat_template = template
     if not tokenizer.chat_template:
         with suppress(Exception):  # multimodal families may keep it beside the tokenizer, for their processor
@@ -631,9 +626,6 @@ def hold_out(rows: list[Example], count: int | None, name: str) -> tuple[list[Ex
     return kept, held_out
 
 
-READERS = {".csv": "csv", ".parquet": "parquet"}  # of a single file; any other is JSON
-
-
 def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
     """The dataset's splits by name: from a file, a folder (laid out as on the hub, or by save_to_disk) or the hub. Each
     split of a folder is read by itself: its columns may have other types than another's. Raises UserError."""
@@ -644,7 +636,8 @@ def load_splits(wanted: DatasetConfig) -> dict[str, Any]:
         if any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
             loaded = datasets.load_from_disk(str(path))
         elif path.is_file():
-            loaded = datasets.load_dataset(READERS.get(path.suffix, "json"), data_files=str(path))
+            reader = path.suffix[1:] if path.suffix in (".csv", ".parquet") else "json"
+            loaded = datasets.load_dataset(reader, data_files=str(path))
         elif path.is_dir():
             found, loaded = datasets.load_dataset_builder(str(path), name), {}
             for split, files in found.config.data_files.items():
@@ -775,6 +768,7 @@ class Policy:
     micro_tokens: int  # tokens of a micro-batch of the update, see `micro_batches`; an out-of-memory halves it
     logit_scale: float = 1.0  # the constant by which the family multiplies the head's output
     loss_scale: float = 1.0  # float16: a power of two above 1 by which the loss is multiplied, see `train_step`
+    memory_share: float = 0.5  # of the free GPU memory: what a rollout may take
     recompute: Callable[[], Any] | None = None  # `for_training` with gradient checkpointing, while `auto` is without
     sampler: Any = None
     share: str = ""  # the forward's argument for rows that share prompts, see `lay_out`; "": it has none
@@ -808,6 +802,7 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None) -> 
     longest = train.max_prompt_length_attempt2 + train.max_new_tokens_attempt2
     switches = for_generation, partial(for_training, config.model.gradient_checkpointing is True)
     policy = Policy(model, tokenizer, eos, pad, bridge, think_prefix, *switches, train.micro_batch_size * longest)
+    policy.memory_share = config.model.fast_inference_gpu_mem
     if config.model.gradient_checkpointing == "auto":  # it costs time, so it waits for an out-of-memory
         policy.recompute = partial(for_training, True)
         policy.micro_tokens = min(policy.micro_tokens, max(longest, ENOUGH_TOKENS))
@@ -1181,14 +1176,12 @@ def take_turns(
     if earlier:
         prompts = [[*last.prompt, *last.written, *policy.bridge] for *_, last in earlier]
         budget = config.train.max_new_tokens_attempt2
-    made = sample(policy, prompts, budget, temperature, seed, memory_share=config.model.fast_inference_gpu_mem)
-    turns = [
-        Turn(prompt, completion, truncated=completion[-1] not in policy.eos_token_ids, log_probs=log_probs)
-        for prompt, completion, log_probs in zip(prompts, *made, strict=True)
-    ]
-    how = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    for turn, text in zip(turns, policy.tokenizer.batch_decode([turn.written for turn in turns], **how), strict=True):
-        turn.text = policy.think_prefix + text
+    made = sample(policy, prompts, budget, temperature, seed)
+    turns = []
+    for prompt, completion, log_probs in zip(prompts, *made, strict=True):
+        turn = Turn(prompt, completion, truncated=completion[-1] not in policy.eos_token_ids, log_probs=log_probs)
+        turn.text = policy.think_prefix + policy.tokenizer.decode(turn.written, clean_up_tokenization_spaces=False)
+        turns.append(turn)
     grade(turns, examples, config, earlier)
     return turns
 
@@ -1196,9 +1189,8 @@ def take_turns(
 def grade(turns: list[Turn], examples: list[Example], config: Config, earlier: Conversations) -> None:
     """Sets reward (the weighted sum of reward.fn), answer, correctness (by the answers alone). Raises RewardError."""
     wanted, texts, targets = config.reward, [turn.text for turn in turns], [example.target for example in examples]
-    extract, named = answer_reader(wanted.answer_extractor, wanted.match), {}
-    if rewards.trl_names(wanted.fn):
-        named = rewards.trl_arguments(turns, examples, earlier, opening_turns(config), config.prompts.self_correction)
+    extract = answer_reader(wanted.answer_extractor, wanted.match)
+    named = rewards.trl_arguments(turns, examples, earlier, opening_turns(config), config.prompts.self_correction)
     earned = rewards.compute_rewards(wanted.fn, wanted.weights, wanted.module, texts, targets, extract, named)
     for turn, target, reward in zip(turns, targets, earned, strict=True):
         turn.reward, turn.answer = reward, rewards.given_answer(turn.text, turn.truncated, extract)
@@ -1505,7 +1497,6 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 HARMLESS_KEYS = ("wandb_project", "output.", "model.fast_inference_gpu_mem", "model.gradient_checkpointing",
                  "train.micro_batch_size", "train.checkpoint_every")  # fmt: skip
 OPTIMIZER, RENDERED = "optimizer.safetensors", "rendered prompts.self_correction"
-REFRESH_SECONDS = 300.0  # results.md and curves.png are drawn at most this often between checkpoints
 
 
 @contextmanager
@@ -1615,7 +1606,6 @@ class Run:
     state: dict[str, Any]  # what its state.json says
     wandb: reports.Wandb
     started: float  # as if the run had never been interrupted
-    drawn: float = field(default_factory=time.time)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         file = self.folder / "metrics.jsonl"
@@ -1639,8 +1629,6 @@ class Run:
         shown = list(enumerate(conversations))[: None if event["skipped"] else 4]
         self.write(event, [where | reports.sample_row(problems[row // each], c) for row, c in shown])
         log(reports.step_line(event, steps))
-        if time.time() - self.drawn > REFRESH_SECONDS:
-            self.write_results()
         if event["step"] == min(5, steps) and not (self.folder / ".smoke").exists():  # which cuts budgets itself
             for line in reports.budget_warnings([e for e in self.events("train") if e["stage"] == event["stage"]]):
                 log(line)
@@ -1668,7 +1656,6 @@ class Run:
         """results.json, results.md, curves.png, and the newest checkpoint's card."""
         device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type
         reports.write_results(self, self.events("train"), self.events("eval"), device)
-        self.drawn = time.time()
 
     def write_state(self) -> None:
         """state.json, without which the checkpoint is none. What the logs hold past the sizes in it did not happen."""
@@ -1797,31 +1784,28 @@ def check_exact(sampler: Any, policy: Policy) -> Any:
     return sampler
 
 
-def sample(
-    policy: Policy, prompts: Rows, max_new_tokens: int, temperature: float, seed: str, first_row: int = 0,
-    memory_share: float = 0.5,
-) -> Made:  # fmt: skip
+def sample(policy: Policy, prompts: Rows, max_new_tokens: int, temperature: float, seed: str) -> Made:
     """B completions and their log-probs, sampled from softmax(logits / temperature); 0 is greedy, log-probs as for 1.
 
-    Row i is row number first_row + i of this seed. Where the free memory holds fewer rows, they go in parts."""
-    if rows_that_fit(policy, prompts, max_new_tokens, memory_share) < len(prompts):
+    Row i is row number i of this seed. Where the free memory holds fewer rows, they go in parts."""
+    if rows_that_fit(policy, prompts, max_new_tokens) < len(prompts):
         policy.sampler.keeps, policy.sampler.kept = False, None  # parts are prefilled whole: K/V would only take memory
-    size = rows_that_fit(policy, prompts, max_new_tokens, memory_share)
+    size = rows_that_fit(policy, prompts, max_new_tokens)
     how, starts = (max_new_tokens, temperature, random.Random(seed).getrandbits(62)), range(0, len(prompts), size)
-    parts = [policy.sampler.generate(prompts[at : at + size], *how, first_row + at) for at in starts]
+    parts = [policy.sampler.generate(prompts[at : at + size], *how, at) for at in starts]
     return [row for rows, _ in parts for row in rows], [row for _, rows in parts for row in rows]
 
 
-def rows_that_fit(policy: Policy, prompts: Rows, max_new_tokens: int, memory_share: float) -> int:
-    """How many of the rows decode together: their K/V cache and logits may take this share of the free memory."""
+def rows_that_fit(policy: Policy, prompts: Rows, max_new_tokens: int) -> int:
+    """How many of the rows decode together: their K/V cache and logits take the policy's share of the free memory."""
     if DEVICE.type != "cuda" or not prompts:
         return max(1, len(prompts))
-    config, slots = policy.model.config.get_text_config(), max(map(len, prompts)) + max_new_tokens
+    config, slots = policy.model.config, max(map(len, prompts)) + max_new_tokens
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     row = 4 * config.num_hidden_layers * kv_heads * head_dim * slots + 8 * config.vocab_size  # bf16 K, V; f32 logits
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return max(1, int(memory_share * free / row))
+    return max(1, int(policy.memory_share * free / row))
 
 
 def row_uniforms(seed: int, first_row: int, rows: int, count: int) -> torch.Tensor:
@@ -2135,18 +2119,6 @@ if triton is not None:
             tl.store(state + (4 + j) * CAP + row, tl.where(known, guess, last))
 
 
-def why_not_decodable(base: torch.nn.Module) -> str | None:
-    """Why Decoder does not serve this causal language model, as far as check_exact's short rows could not tell."""
-    config, family = base.config, type(base).__name__.removesuffix("ForCausalLM")
-    if family not in ("Llama", "Mistral", "Qwen2", "Qwen3"):
-        return f"{type(base).__name__} is not of the architecture of Llama, Mistral, Qwen2 or Qwen3"
-    if getattr(config, "sliding_window", None):
-        return "it uses sliding-window attention"
-    if len({weight.device for weight in base.parameters()}) > 1:
-        return "it is on several devices"
-    return None if config.hidden_act == "silu" else f"its activation is {config.hidden_act}, not silu"
-
-
 class FusedLinear:
     """Projections of one input (q/k/v, gate/up, o, down) as one product [W; A] x: outputs, then every LoRA's A x.
 
@@ -2214,15 +2186,22 @@ class Decoder:
     step_tokens = 256  # of all rows: more than these would cost more than right guesses win
     block = 4096  # logits that a program of the choosing kernel reads at once
     burst = 4  # graph replays between two looks at which rows have ended
-    splits: int | None = None  # programs that share one row's attention; None: enough to fill the card
     prompt_tokens = 8192  # prompt tokens in one forward pass, pads included
 
     def __init__(self, policy: Policy):
-        """Raises ValueError with why_not_decodable()'s reason. Re-points the base weights (see FusedLinear)."""
+        """Raises ValueError for a model that it does not serve, as far as check_exact's short rows could not tell.
+        Re-points the base weights (see FusedLinear)."""
         base = policy.model.get_base_model()
-        if reason := why_not_decodable(base):
-            raise ValueError(reason)
-        config, self.backbone, self.head = base.config, base.model, base.lm_head
+        config, family = base.config, type(base).__name__
+        if family.removesuffix("ForCausalLM") not in ("Llama", "Mistral", "Qwen2", "Qwen3"):
+            raise ValueError(f"{family} is not of the architecture of Llama, Mistral, Qwen2 or Qwen3")
+        if getattr(config, "sliding_window", None):
+            raise ValueError("it uses sliding-window attention")
+        if len({weight.device for weight in base.parameters()}) > 1:
+            raise ValueError("it is on several devices")
+        if config.hidden_act != "silu":
+            raise ValueError(f"its activation is {config.hidden_act}, not silu")
+        self.backbone, self.head = base.model, base.lm_head
         self.embedding, self.eps = self.backbone.embed_tokens.weight, config.rms_norm_eps
         self.heads, self.kv = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
@@ -2232,6 +2211,7 @@ class Decoder:
         self.most = max(1, min(self.most, room // (self.heads // self.kv)))
         with torch.inference_mode(False), torch.no_grad():  # a weight that is an inference tensor could not train
             self.layers = [self._fuse(layer) for layer in self.backbone.layers]
+        self.linears = [part for layer in self.layers for part in (layer.qkv, layer.o, layer.gate_up, layer.down)]
 
     def _set_up(self, policy: Policy) -> None:
         """What does not depend on the architecture."""
@@ -2263,6 +2243,8 @@ class Decoder:
     def generate(self, prompts: Rows, max_new_tokens: int, temperature: float, seed: int, first_row: int = 0) -> Made:
         """As `sample`, for rows that fit in memory."""
         rows = rows_for_graph(len(prompts)) if self.graphed else len(prompts)
+        for linear in self.linears:
+            linear.reload()
         self._start(prompts, rows, max_new_tokens, temperature, seed, first_row)
         self._continue(rows, max_new_tokens)
         ends = [*enumerate(self.lengths[: len(prompts)].tolist())]
@@ -2276,8 +2258,6 @@ class Decoder:
 
     def _start(self, prompts: Rows, rows: int, max_new_tokens: int, *how) -> None:
         """Prefill and the first token of each row. `how`: temperature, seed, first_row."""
-        for linear in (part for layer in self.layers for part in (layer.qkv, layer.o, layer.gate_up, layer.down)):
-            linear.reload()
         kept, self.kept = self._kept_for(prompts), None
         seen: dict[tuple, int] = {}  # equal prompts are prefilled once, in the first rows, longest first
         first = [seen.setdefault(tuple(prompt), i) for i, prompt in enumerate(prompts)]
@@ -2378,7 +2358,7 @@ class Decoder:
         return self.graphs[rows]
 
     def _step(self, rows: int) -> None:
-        k = max(1, min(self.most, self.step_tokens // rows)) if self.kernels else 1
+        k = max(1, min(self.most, self.step_tokens // rows))
         ids = torch.cat([self.state[:1, :rows], self.state[5 : 4 + k, :rows]]).T.flatten()
         pos = (self.state[1, :rows, None] + self.row_numbers[:k]).flatten()
         hidden = self._forward(ids, self.row_numbers[:rows].repeat_interleave(k), pos, width=k)
@@ -2477,8 +2457,8 @@ class Decoder:
             _, _, mask, read = plan
             k, v = self.cache[index, :, :, :, : mask.shape[-1]][:, read]
             return F.scaled_dot_product_attention(q.view(n, self.kv, group, dim), k, v, attn_mask=mask).view(n, -1)
-        splits, out = self.splits or 1, torch.empty_like(q)
-        while self.splits is None and splits < 16 and n // width * self.kv * splits <= self.processors:
+        splits, out = 1, torch.empty_like(q)
+        while splits < 16 and n // width * self.kv * splits <= self.processors:  # until the card is full
             splits *= 2
         part = q.new_empty(n * self.heads * splits * (dim + 2) * (splits > 1), dtype=torch.float32)
         wide = max(16, triton.next_power_of_2(dim))
@@ -2565,9 +2545,7 @@ class GraphSampler(Decoder):
     compact, most = False, 1
 
     def __init__(self, policy: Policy):
-        self.policy, self.base, config = policy, policy.model.get_base_model(), policy.model.config
-        if config.get_text_config() is not config:
-            raise ValueError("it is a composite model")
+        self.policy, self.base = policy, policy.model.get_base_model()
         self._set_up(policy)
         modules = [*self.base.modules()]
         norms = [m for m in modules if type(m).__name__.endswith("RMSNorm") and getattr(m, "weight", None) is not None]
@@ -2577,31 +2555,23 @@ class GraphSampler(Decoder):
         self.forwards += [(linear.modules[0], linear.forward) for linear in self.linears]
 
     def generate(self, *request: Any, **more: Any) -> Made:
-        """As Decoder.generate."""
-        before = torch.cuda.memory_allocated()
-        with generating(self.policy), self._as_sampled():
-            made = super().generate(*request, **more)
-        if not self.graphed or torch.cuda.memory_allocated() - before > 0.05 * torch.cuda.mem_get_info()[1]:
-            self.release()
-        return made
-
-    @contextmanager
-    def _as_sampled(self) -> Iterator[None]:
-        """Inside, a projection with LoRA is two products and a norm one kernel between two casts; query heads share
-        their K/V head without copies of it."""
-        attention = self.base.config._attn_implementation
+        """As Decoder.generate. Meanwhile a projection with LoRA is two products and a norm one kernel between two
+        casts; query heads share their K/V head without copies of it."""
+        attention, before = self.base.config._attn_implementation, torch.cuda.memory_allocated()
         try:
-            for linear in self.linears:
-                linear.reload()
             for module, forward in self.forwards:
                 module.forward = forward
             if attention == "sdpa":
                 self.base.set_attn_implementation("grouped")
-            yield
+            with generating(self.policy):
+                made = super().generate(*request, **more)
         finally:
             self.base.set_attn_implementation(attention)
             for module, _ in self.forwards:
                 vars(module).pop("forward", None)
+        if not self.graphed or torch.cuda.memory_allocated() - before > 0.05 * torch.cuda.mem_get_info()[1]:
+            self.release()
+        return made
 
     def _start(self, prompts: Rows, rows: int, max_new_tokens: int, *how) -> None:
         ids, mask = pad_left(prompts + [prompts[0]] * (rows - len(prompts)), self.pad)

@@ -151,19 +151,6 @@ def test_load_adapter_refuses_what_does_not_fit(make_policy: Callable[..., Any],
         make_policy(adapter=adapter)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("r", 8), ("lora_alpha", 3), ("target_modules", ["q_proj"]), ("use_dora", True), ("rank_pattern", {"q_proj": 2})],
-)
-def test_check_adapter_names_what_differs(
-    make_config: Callable[..., Any], adapter: Path, name: str, value: Any
-) -> None:
-    file = adapter / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
-    with pytest.raises(train.UserError, match="--resume-adapter"):
-        train.check_adapter(adapter, make_config({"model.lora.target_modules": EVERY}))
-
-
 def test_merged_model_gives_the_adapters_logits(make_policy: Callable[..., Any], adapter: Path, tmp_path: Path) -> None:
     policy, config = make_policy(adapter=adapter)
     train.save_merged(adapter, tmp_path / "merged", config, policy)
