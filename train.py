@@ -1376,7 +1376,7 @@ def lay_out(policy: Policy, conversations: Conversations) -> tuple[Tensor, dict[
             together.append(torch.cat([shared, own]))
     packed, positions, back = torch.zeros(3, 1, end, dtype=torch.long)
     for row, place, there in zip(rows, together, apart, strict=True):
-        packed[0, place], positions[0, place], back[0, place] = row, torch.arange(len(row)), there
+        packed[0, place], positions[0, place], back[0, place] = row, torch.arange(len(row)), there  # of several, any
     attention = {policy.share: [t.to(DEVICE) for t in (pad_sequence(together, True), back[0])]}
     return packed, attention | {"position_ids": positions.to(DEVICE)}, together
 
@@ -2092,7 +2092,7 @@ if triton is not None:
         BLOCK: tl.constexpr,
     ):  # fmt: skip
         """One row: guess what comes next, from what followed where its last three tokens, or two, stood before: in its
-        own text (there one will do) or in those of its NEAR neighbours, which in training answer the same problem."""
+        own text (there one will do) or those of its NEAR neighbours, which in training may answer the same problem."""
         row = tl.program_id(0).to(tl.int64)
         prompt = tl.load(state + 4 * CAP + row)
         end, near = tl.load(ends + prompt), prompt // NEAR * NEAR
@@ -2207,6 +2207,7 @@ class Decoder:
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self._set_up(policy)
         # An attention program holds the query heads of all these tokens: more than so many would spill its registers.
+        # Cards before capability 8.0, of one stage, and CPUs do not guess.
         room = (64 if self.dtype.itemsize == 2 else 32) * (self.stages > 1)
         self.most = max(1, min(self.most, room // (self.heads // self.kv)))
         with torch.inference_mode(False), torch.no_grad():  # a weight that is an inference tensor could not train
