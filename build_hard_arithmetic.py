@@ -76,7 +76,8 @@ def build(train: Any, args: argparse.Namespace) -> tuple[list, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"{message}\n")  # argparse's own prints the usage too
     parser.add_argument("--config", default="configs/arithmetic.yaml", help="its model, prompts, extractor and budgets")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.SUB=VALUE", help="override keys")
     parser.add_argument("--model", help="model to find failures of; the config's by default")

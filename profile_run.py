@@ -740,7 +740,9 @@ def measure(train: Any, args: argparse.Namespace) -> None:
 
 
 def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"{message}\n")  # argparse's own prints the usage too
     parser.add_argument("--config", help="the config to measure")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY.SUB=VALUE", help="override keys")
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="a saved adapter, with --config or --ask")
@@ -767,6 +769,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.samples:
             show_samples(args.samples, args.checkpoint)
+        elif args.ask and not (args.ask / "config.yaml").is_file():
+            raise ValueError(f"--ask {args.ask}: holds no run; give the folder of one, as outputs/NAME")
         else:
             import train
 

@@ -92,6 +92,9 @@ class RewardError(ValueError):
 
 
 def _register(registry: dict[str, Callable], kind: str, name: str) -> Callable[[Callable], Callable]:
+    if not isinstance(name, str):
+        raise ValueError(f'the decorator of {name.__name__} needs a name, as in @register_reward("{name.__name__}")')
+
     def add(fn: Callable) -> Callable:
         if name in registry:
             raise ValueError(f"{kind} {name!r} is registered twice")
@@ -777,7 +780,8 @@ def _call(kind: str, name: str, fn: Callable, *texts: str) -> Any:
 
 
 def _blame(kind: str, name: str, what: str, text: object) -> RewardError:
-    return RewardError(f"{kind} {name!r} {what} {_short(text)}")
+    keys = {"reward function": "fn", "answer extractor": "answer_extractor", "match": "match"}
+    return RewardError(f"reward.{keys[kind]}: {kind} {name!r} {what} {_short(text)}")
 
 
 def _short(value: object, most: int = 80) -> str:
@@ -1096,8 +1100,8 @@ def trl_columns(
         reader = _reader(extract)
         rows = [{"target_answer": reader(target)} | row for target, row in zip(targets, rows, strict=True)]
     except RewardError as error:
-        key = "answer_extractor" if str(error).startswith("answer extractor") else "fn"
-        raise RewardError(f"reward.{key}: {error}") from None
+        key = "" if str(error).startswith("reward.") else "reward.fn: "
+        raise RewardError(f"{key}{error}") from None
     return [row | {argument: row[column] for argument, column in columns.items()} for row in rows]
 
 

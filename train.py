@@ -315,6 +315,7 @@ def check_config(tree: dict[str, Any]) -> Config:
         (compared and train.stage1_batch_size * rollouts == corrections, f"train.stage1_batch_size: {few}"),
         (compared and train.stage2_batch_size * rollouts == 1, f"train.stage2_batch_size: {few}"),
         (train.oversample > 1 and alone, "train.oversample: needs a baseline, num_generations > 1"),
+        (train.attempt2_weight and not compared, "train.attempt2_weight: needs a baseline; leave out one of the two"),
     )
     return config
 
@@ -372,13 +373,14 @@ def written_for_unsloth() -> bool:
     imports it, by its config.json. For others its import changes the code of transformers: .github/RESULTS.md."""
     flags = ArgumentParser(add_help=False, allow_abbrev=False)
     flags.add_argument("--config")
+    flags.add_argument("--model")  # build_hard_arithmetic.py's
     flags.add_argument("--ask", dest="config", type=lambda run: f"{run}/config.yaml")  # profile_run.py's
     flags.add_argument("--set", nargs="+", action="extend", default=[])
     with suppress(Exception, SystemExit):  # what is wrong there will be said where it is read for good
         from huggingface_hub import hf_hub_download
 
         named, _ = flags.parse_known_args()
-        name = read_config(named.config, named.set).model.name
+        name = named.model or read_config(named.config, named.set).model.name
         file = Path(name, "config.json") if Path(name).is_dir() else hf_hub_download(name, "config.json")
         return json.loads(Path(file).read_bytes())["model_type"] in UNSLOTH_FAMILIES
     return True
@@ -456,6 +458,7 @@ def train_and_evaluate(args: Namespace, config: Config) -> None:
         tokenizer = load_tokenizer(config)
         bridge, _ = attempt2_bridge(tokenizer, config)
         data = train, _, test = load_examples(config, tokenizer, args.smoke)
+        grade([Turn(train[0].prompt, [], train[0].target)], train[:1], config, [])  # a reward that fails does so now
         steps = {stage: 0 if args.eval_only else len(stage_batches(stage, len(train), config)) for stage in (1, 2)}
         marks = fingerprints(data, bridge, config)
         checkpoint = find_start(args, config, folder, marks)
@@ -1579,8 +1582,10 @@ def newest_checkpoint(folder: Path, config: Config, marks: dict[str, str]) -> Pa
     changed += [f"the {name}" for name in other if name != "train.py"]
     if changed:
         dated = " (does the chat template print today's date?)" * bool({"rows", RENDERED} & set(other))
-        new = "put it back, or start a new run from its weights: --start-stage 2 --resume-adapter DIR"
-        raise UserError(f"--resume: {folder} was made with something else: {'; '.join(changed)}{dated}; {new}")
+        weights = (newest / "adapter_config.json").exists()
+        new = "a new run from its weights: --start-stage 2 --resume-adapter DIR" if weights else "anew with --overwrite"
+        why = f"{folder} was made with something else: {'; '.join(changed)}{dated}"
+        raise UserError(f"--resume: {why}; put it back, or start {new}")
     if state["step"] and not state["finished"] and not (newest / OPTIMIZER).exists():
         why = f"{newest} has no optimizer state, which only a run's newest checkpoint keeps"
         raise UserError(f"--resume: {why}; Stage II can start from it: --start-stage 2 --resume-adapter {newest}")

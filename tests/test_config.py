@@ -85,6 +85,7 @@ BAD = [  # (changes, the key that the line must name, what the line must also sa
     ({"train.num_generations": 4, "train.stage1_corrections": 3}, "train.stage1_corrections", "4"),
     ({"train.oversample": 2}, "train.oversample", "num_generations"),
     ({"train.oversample": 2, "train.num_generations": 2, "train.baseline": "none"}, "train.oversample", "baseline"),
+    ({"train.attempt2_weight": 1, "train.baseline": "none"}, "train.attempt2_weight", "baseline"),
     ({"reward.weights": [1.0, 0.2]}, "reward.weights", "1"),
     ({"dataset.split": "train"}, "dataset.test_split_size", "dataset.split"),
     ({"reward.fn": ["exact_match", "json.dumps"], "reward.weights": [1.0]}, "reward.weights", "2"),
@@ -133,8 +134,8 @@ def test_check_config_takes_keys_that_go_together(make_config: Callable[..., Any
 
 def test_check_config_module_brings_names(raw_config: dict, tmp_path: Path) -> None:
     names = {"reward.fn": "close", "reward.match": "near", "reward.answer_extractor": "x"}
-    code = ("raise KeyError('inside')", "limit = (", "close = 3")
-    for number, wrong in enumerate((["reward.module"], ["reward.module"], sorted(names))):
+    code = ("raise KeyError('x')", "limit = (", "close = 3", "import train\n@train.rewards.register_match\ndef a(): 0")
+    for number, wrong in enumerate((["reward.module"], ["reward.module"], sorted(names), ["reward.module"])):
         (tmp_path / f"{number}.py").write_text(code[number])  # where the file cannot be run its names are not judged
         changes = names | {"reward.module": str(tmp_path / f"{number}.py")}
         assert named(refusal(train.check_config, with_keys(raw_config, changes))) == wrong

@@ -548,6 +548,7 @@ def test_resume_refuses_changed_rows_turns_and_rewards(tiny_run, tmp_path):
         (data / "train.jsonl", rows.replace("10+0=", "10+9="), ["rows"]),
         (data / "test.jsonl", re.sub(r'"answer": "\d+"', '"answer": "7"', test_rows, count=1), ["rows"]),
         (module, OWN_REWARD.format(-1), ["reward.module"]),
+        (module, OWN_REWARD.format("[] + 1"), ["reward.fn"]),
         (template, turns, ["prompts.self_correction"]),
         (template, dated, ["template", "date"]),
     ):
