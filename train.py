@@ -382,7 +382,9 @@ def written_for_unsloth() -> bool:
         named, _ = flags.parse_known_args()
         name = named.model or read_config(named.config, named.set).model.name
         file = Path(name, "config.json") if Path(name).is_dir() else hf_hub_download(name, "config.json")
-        return json.loads(Path(file).read_bytes())["model_type"] in UNSLOTH_FAMILIES
+        told = json.loads(Path(file).read_bytes())
+        windows = told.get("sliding_window") and told.get("use_sliding_window", True)  # see `unsloth_serves`
+        return told["model_type"] in UNSLOTH_FAMILIES and not windows
     return True
 
 

@@ -265,9 +265,11 @@ def test_a_family_that_is_random_in_training_is_refused(load: Callable[..., Any]
         load(tiny("Phimoe", num_local_experts=4, num_experts_per_tok=2, sliding_window=None))
 
 
-@pytest.mark.parametrize(("family", "its_own"), [("qwen2", True), ("gemma3_text", False), (None, True)])
-def test_unsloth_is_imported_for_the_families_that_it_has_code_for(tmp_path, monkeypatch, family, its_own):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": family} if family else {}))
+@pytest.mark.parametrize(("told", "its_own"), [
+    ({"model_type": "qwen2", "sliding_window": 9, "use_sliding_window": False}, True), ({"model_type": "gemma"}, False),
+    ({"model_type": "mistral", "sliding_window": 9}, False), ({}, True)])  # fmt: skip
+def test_unsloth_is_imported_for_the_families_that_it_has_code_for(tmp_path, monkeypatch, told, its_own):
+    (tmp_path / "config.json").write_text(json.dumps(told))
     command = ["profile_run.py", "--config", "configs/tiny.yaml", "--n", "4", "--set", f"model.name={tmp_path}"]
     monkeypatch.setattr("sys.argv", command)
     assert train.written_for_unsloth() is its_own
