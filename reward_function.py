@@ -93,7 +93,7 @@ class RewardError(ValueError):
 
 def _register(registry: dict[str, Callable], kind: str, name: str) -> Callable[[Callable], Callable]:
     if not isinstance(name, str):
-        raise ValueError(f'the decorator of {name.__name__} needs a name, as in @register_reward("{name.__name__}")')
+        raise ValueError(f'the decorator of {name.__name__} needs a name: @register_...("{name.__name__}")')
 
     def add(fn: Callable) -> Callable:
         if name in registry:

@@ -148,7 +148,7 @@ class RewardConfig(Section):
 class TrainConfig(Section):
     stage1_batch_size: int = key(64, "problems an optimizer step in Stage I", ge=1)
     stage2_batch_size: int = key(64, "problems an optimizer step in Stage II", ge=1)
-    micro_batch_size: int = key(8, "tokens of the update at once, in full-length rows: memory, not results", ge=1)
+    micro_batch_size: int = key(8, "size of the update's passes, in full-length rows: memory, not results", ge=1)
     stage1_epochs: Real = key(1, "passes over the train rows in Stage I; may be a fraction; 0 skips the stage", ge=0)
     stage2_epochs: Real = key(1, "the same for Stage II", ge=0)
     stage1_steps: int | None = key(None, "optimizer steps of Stage I; null: from stage1_epochs", ge=0)
@@ -365,6 +365,27 @@ def check_adapter(folder: Path, config: Config) -> None:
     )
 
 
+if __name__ == "__main__":  # here, so that a mistyped key costs a second, not the minute that the imports may take
+    try:
+        ARGS, CONFIG = parse_command_line()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------------------- slow imports, the device
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import warns of a coming change there
+logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)  # of 4-bit kernels
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.optim import AdamW, Optimizer
+
 UNSLOTH_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -387,27 +408,6 @@ def written_for_unsloth() -> bool:
         return told["model_type"] in UNSLOTH_FAMILIES and not windows
     return True
 
-
-if __name__ == "__main__":  # here, so that a mistyped key costs a second, not the minute that the imports may take
-    try:
-        ARGS, CONFIG = parse_command_line()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-
-
-# ---------------------------------------------------------------------------- slow imports, the device
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-
-logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import warns of a coming change there
-logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)  # of 4-bit kernels
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from torch.optim import AdamW, Optimizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu")
 torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans for each new length: .13 s of an update on an H200
@@ -753,7 +753,7 @@ def stage_batches(stage: int, examples: int, config: Config) -> list[list[int]]:
 
 # ------------------------------------------------------------------------------------------------------------ model
 ENOUGH_TOKENS = 32768  # of a micro-batch: with a fourth as many an H200 waited for the host (.github/RESULTS.md)
-ATTENTION_TOKENS = 4  # where rows share prompts, so many that only the attention sees count as one in a micro-batch
+ATTENTION_TOKENS = 4  # where rows share prompts, a micro-batch counts so many that only the attention sees as one
 ROPE_BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings that change with the length of the row
 LOSS_SCALE = 2.0**16  # of float16, at first and at most: a gradient of 1e-9, times this, is not rounded to 0
 
@@ -1388,7 +1388,8 @@ def lay_out(policy: Policy, conversations: Conversations) -> tuple[Tensor, dict[
 
 def attend_in_rows(q: Tensor, k: Tensor, v: Tensor, rows: list, scale: float | None = None) -> Tensor:
     """Causal attention where rows share prompts: q, k and v [1, T, heads, head_dim] -> the same. All else sees a prompt
-    once; attention, a small part of the work, sees whole rows, each token's of which `lay_out` gives."""
+    once; attention, a small part of the work, sees whole rows. `rows`, from `lay_out`: where each row's tokens stand in
+    T [B, L], and where each token stands in the rows [T]. A pad reads token 0; no token of the row looks at it."""
     spread, back = rows
     whole = (F.embedding(spread, x[0].flatten(1)).unflatten(2, x.shape[2:]).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(*whole, is_causal=True, scale=scale, enable_gqa=True)
