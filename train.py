@@ -325,8 +325,11 @@ def fault_line(fault: dict[str, Any]) -> str:
     name = ".".join(part if str(part).isidentifier() else repr(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         homes = [known for known in known_keys() if known.split(".")[-1] == name.split(".")[-1]]
-        return f"{name}: unknown key{f'; it belongs to {homes[0]}' if homes else did_you_mean(name, known_keys())}"
+        close = did_you_mean(name, known_keys()) or "; --help lists them all"
+        return f"{name}: unknown key{f'; it belongs to {homes[0]}' if homes else close}"
     message = fault["msg"].removeprefix("Value error, ")[:300]
+    if fault["type"] == "model_type":
+        message = "holds keys of its own"
     value = f" (got {reprlib.repr(fault['input'])})" if not isinstance(fault["input"], dict) else ""
     return f"{name}: {message[0].lower() + message[1:]}{value}"
 

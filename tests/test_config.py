@@ -64,7 +64,7 @@ BAD_VALUES = {
 }  # fmt: skip
 BAD = [  # (changes, the key that the line must name, what the line must also say)
     *(({key: value}, key, "") for key, values in BAD_VALUES.items() for value in values),
-    ({"train": [1]}, "train", ""), ({"model": None}, "model", ""), ({"train.a\nb": 1}, "train.'a\\nb'", ""),
+    ({"train": [1]}, "train", "its own"), ({"fp8": 1}, "fp8", "--help"), ({"train.a\nb": 1}, "train.'a\\nb'", ""),
     ({"reward.fn": [1]}, "reward.fn.0", "1"),
     ({"model.lora.target_modules": ["q_proj", 5]}, "model.lora.target_modules.1", "5"),
     ({"prompts.examples": [{"input": "1+1=?"}]}, "prompts.examples.0.output", "required"),
