@@ -772,6 +772,7 @@ def main(argv: list[str] | None = None) -> int:
         elif args.ask and not (args.ask / "config.yaml").is_file():
             raise ValueError(f"--ask {args.ask}: holds no run; give the folder of one, as outputs/NAME")
         else:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines, an error without a GPU
             import train
 
             faults = (train.UserError, train.RunError, train.RewardError)
