@@ -919,7 +919,7 @@ def load_with_transformers(config: Config, text: Any) -> tuple[Any, ...]:
     def for_training(checkpointing: bool) -> None:
         model.train()
         base.gradient_checkpointing_disable()
-        if checkpointing:
+        if checkpointing and base.supports_gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
 
     return model, model.eval, for_training, ""
@@ -959,13 +959,16 @@ def lora_settings(base: Any, config: Config) -> dict[str, Any]:
     lora, head, layers, barred = config.model.lora, base.get_output_embeddings(), {}, []
     for path, part in base.named_modules():
         if isinstance(part, torch.nn.Linear | transformers.pytorch_utils.Conv1D) and part is not head:
-            layers[path] = path.rpartition(".")[2]
+            layers[path] = re.search(r"[^.]+(\.\d+)?$", path)[0]  # one of a list is called as its list, then its number
         # Three kinds cannot have an adapter: a router; a shared expert, of which PEFT makes adapters of all experts,
-        # which cannot be loaded again; Mamba's out_proj, whose weight a fused kernel reads past its adapter.
+        # which cannot be loaded again; what is read past its adapter: Mamba's out_proj by a fused kernel, Gemma 3n's
+        # correction_coefs in training.
         if path.endswith(".router") or (hasattr(part, "experts") and not hasattr(part, "self_attn")):
             barred.append(f"{path}.")
         if hasattr(part, "A_log") and hasattr(part, "in_proj"):
             barred.append(f"{path}.out_proj")
+        if hasattr(part, "correction_coefs"):
+            barred.append(f"{path}.correction_coefs")
     cannot = {name for path, name in layers.items() if path.startswith(tuple(barred))}
     every = sorted(set(layers.values()) - cannot)
     targets = every if "all-linear" in lora.target_modules else list(dict.fromkeys(lora.target_modules))
@@ -975,9 +978,9 @@ def lora_settings(base: Any, config: Config) -> dict[str, Any]:
         has = f"{config.model.name} has no {', '.join(missing)} that LoRA can train; it has {', '.join(every)}"
         raise UserError(f"model.lora.target_modules: {has}; all-linear stands for all of these")
     if cannot:
-        log(f"LoRA leaves out {', '.join(sorted(cannot))}: a router, shared experts, or what a fused kernel reads.")
-    if left := set(every).difference(target.rpartition(".")[2] for target in targets):
-        log(f"Without LoRA: {', '.join(sorted(left))}. With model.lora.target_modules: all-linear they would have it.")
+        log(f"LoRA leaves out {', '.join(sorted(cannot))}: a router, shared experts, or what is read past an adapter.")
+    if left := [name for name in every if not any(f".{target}".endswith(f".{name}") for target in targets)]:
+        log(f"Without LoRA: {', '.join(left)}. With model.lora.target_modules: all-linear they would have it.")
     return {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": targets}
 
 
@@ -1407,7 +1410,7 @@ def completion_log_probs(policy: Policy, conversations: Conversations, temperatu
     what ended attempt 1 need not be what stands there in attempt 2's prompt."""
     ids, how, places = lay_out(policy, conversations)
     model = policy.model.get_base_model()
-    backbone = getattr(model, model.base_model_prefix)
+    backbone = getattr(model, model.base_model_prefix, None) or model.model
     with autocast(policy):
         hidden = backbone(input_ids=ids.to(DEVICE), use_cache=False, **how)[0]  # [B, L, H]
     turns = [(places[b][len(t.prompt) - 1 :], t.completion) for b, c in enumerate(conversations) for t in c]

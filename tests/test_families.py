@@ -77,6 +77,7 @@ FAMILIES = {
     "gemma3-vision": seeing("Gemma3", VISION, GEMMA, mm_tokens_per_image=4, tie_word_embeddings=False),
     "gemma4": tiny("Gemma4Text", **GEMMA4, final_logit_softcapping=2.0),
     "gemma4-vision": seeing("Gemma4", VISION | {"num_key_value_heads": 2, "head_dim": 8}, GEMMA4 | EXPERTS),
+    "gemma3n": tiny("Gemma3nText", **GEMMA4, activation_sparsity_pattern=[0.5, 0.0] * 2, final_logit_softcapping=2.0),
     "ministral": tiny("Ministral", **WINDOW, head_dim=8),
     "mistral3-vision": seeing(
         "Mistral3", VISION | {"model_type": "pixtral"}, {"model_type": "ministral3", "head_dim": 8}, image_token_id=120
@@ -246,8 +247,8 @@ def test_whole_run(name: str, data_dir: Path, tmp_path: Path) -> None:
 
 
 EXPERT = {"gate_proj", "up_proj", "down_proj"}  # PEFT cannot load an adapter of shared experts
-LEFT = {"glm4-moe": EXPERT, "deepseek-v3": EXPERT, "gemma4-vision": {"proj"}}  # proj: of the router
-LEFT |= dict.fromkeys(["granite4", "nemotron-h", "falcon-h1"], {"out_proj"})  # a fused kernel reads past its adapter
+LEFT = {"gemma3n": {"correction_coefs"}, "glm4-moe": EXPERT, "deepseek-v3": EXPERT, "gemma4-vision": {"proj"}}
+LEFT |= dict.fromkeys(["granite4", "nemotron-h", "falcon-h1"], {"out_proj"})  # proj: a router's; others: see train.py
 
 
 def test_all_linear_is_every_linear_layer_that_can_have_an_adapter(family: SimpleNamespace) -> None:
