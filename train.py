@@ -798,6 +798,8 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None) -> 
     name, train, embedding = config.model.name, config.train, model.get_input_embeddings().weight
     if max(bridge, default=0) >= len(embedding):
         raise UserError(f"model.name: the tokenizer of {name} has tokens that its model lacks: it is another model's")
+    wanted, able = config.model.gradient_checkpointing, model.get_base_model().supports_gradient_checkpointing
+    refuse((wanted is True and not able, f"model.gradient_checkpointing: {name} has none; set it to false"))
     if adapter:
         load_adapter(model, adapter)
     if DEVICE.type == "cpu" and model.num_parameters() < 2**24:
@@ -808,11 +810,11 @@ def load_policy(config: Config, tokenizer: Any, adapter: Path | None = None) -> 
     pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=pad)
     longest = train.max_prompt_length_attempt2 + train.max_new_tokens_attempt2
-    switches = for_generation, partial(for_training, config.model.gradient_checkpointing is True)
+    switches = for_generation, partial(for_training, wanted is True)
     policy = Policy(model, tokenizer, eos, pad, bridge, think_prefix, *switches, train.micro_batch_size * longest)
     policy.memory_share = config.model.fast_inference_gpu_mem
-    if config.model.gradient_checkpointing == "auto":  # it costs time, so it waits for an out-of-memory
-        policy.recompute = partial(for_training, True)
+    if wanted == "auto":  # it costs time, so it waits for an out-of-memory
+        policy.recompute = partial(for_training, True) if able else None
         policy.micro_tokens = min(policy.micro_tokens, max(longest, ENOUGH_TOKENS))
     policy.loss_scale = LOSS_SCALE if embedding.dtype == torch.float16 else 1.0
     policy.for_training()
@@ -919,7 +921,7 @@ def load_with_transformers(config: Config, text: Any) -> tuple[Any, ...]:
     def for_training(checkpointing: bool) -> None:
         model.train()
         base.gradient_checkpointing_disable()
-        if checkpointing and base.supports_gradient_checkpointing:
+        if checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
 
     return model, model.eval, for_training, ""

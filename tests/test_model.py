@@ -93,14 +93,13 @@ def test_pad_without_a_pad_token_is_an_eos(tmp_path: Path, make_policy: Callable
     assert policy.pad_token_id in policy.eos_token_ids
 
 
-def test_gradient_checkpointing_changes_no_gradient(make_policy: Callable[..., Any]) -> None:
-    found = []
-    for wanted in (False, True):
-        policy, _ = make_policy({"model.gradient_checkpointing": wanted})
-        perturb(policy)
-        train.completion_log_probs(policy, [[train.Turn(ROW[:2], ROW[2:])]], 1.0).sum().backward()
-        found.append([weight.grad for weight in policy.trainable.values()])
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
+def test_checkpointing_is_refused_where_a_family_has_none(make_policy: Callable[..., Any], monkeypatch: Any) -> None:
+    policy, _ = make_policy({"model.gradient_checkpointing": "auto"})
+    assert policy.recompute
+    monkeypatch.setattr(type(policy.model.get_base_model()), "supports_gradient_checkpointing", False)
+    assert make_policy({"model.gradient_checkpointing": "auto"})[0].recompute is None
+    with pytest.raises(train.UserError, match="^model.gradient_checkpointing: "):
+        make_policy({"model.gradient_checkpointing": True})
 
 
 # ---- adapters
