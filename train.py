@@ -42,7 +42,7 @@ import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cache, partial
@@ -50,6 +50,7 @@ from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
+from unittest.mock import patch
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, field_validator
@@ -1910,7 +1911,7 @@ if triton is not None:
             tl.store(h + row * SIZE + c, v.to(dtype), mask=ok)
         v *= tl.rsqrt(tl.sum(v * v, 0) / SIZE + eps)
         w = tl.load(weight + c, mask=ok, other=0.0).to(tl.float32)
-        tl.store(x + row * SIZE + c, (v.to(dtype).to(tl.float32) * w).to(dtype), mask=ok)
+        tl.store(x + row * SIZE + c, (v.to(weight.dtype.element_ty).to(tl.float32) * w).to(dtype), mask=ok)
 
     @triton.jit
     def _lora_tile(y, b, n, ok_n, c, ok_c, part, OUT: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr):
@@ -1922,6 +1923,15 @@ if triton is not None:
             block = tl.load(b + r[:, None] * OUT + c[None, :], mask=ok_c[None, :], other=0.0)
             v += tl.dot(xa, block, input_precision="ieee")
         return v.to(y.dtype.element_ty).to(tl.float32)
+
+    @triton.jit(do_not_specialize=["tokens"])
+    def _add_lora_kernel(y, b, x, tokens, OUT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr):
+        """A tile of M tokens of one projection: x = y[:, :OUT] + y[:, OUT:] @ b."""
+        n = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+        c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        ok_n, ok_c = n < tokens, c < OUT
+        v = _lora_tile(y, b, n, ok_n, c, ok_c, 0, OUT, OUT + R, R).to(x.dtype.element_ty)
+        tl.store(x + n[:, None] * OUT + c[None, :], v, mask=ok_n[:, None] & ok_c[None, :])
 
     @triton.jit(do_not_specialize=["tokens", "layer"])
     def _rope_cache_kernel(
@@ -2134,6 +2144,28 @@ if triton is not None:
             guess = tl.load(context + whose * SLOTS + at + j, mask=known, other=0)
             tl.store(state + (4 + j) * CAP + row, tl.where(known, guess, last))
 
+    @triton.jit
+    def _delta_rule_kernel(
+        q, k, v, g, beta, state, out, q_row, k_row, v_row, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+        BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    ):  # fmt: skip
+        """One token of the gated delta rule (arXiv 2412.06464), for BLOCK_V columns of one head's state S [K, V], with
+        q and k brought to length 1:  S <- exp(g) S;  S <- S + k beta (v - k S);  out = q S / sqrt(K)."""
+        n = tl.program_id(0).to(tl.int64)
+        row, head, i = n // H, n % H, tl.arange(0, BLOCK_K)
+        c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+        query = tl.load(q + row * q_row + head * K + i, mask=i < K, other=0.0).to(tl.float32)
+        key = tl.load(k + row * k_row + head * K + i, mask=i < K, other=0.0).to(tl.float32)
+        value = tl.load(v + row * v_row + head * V + c, mask=c < V, other=0.0).to(tl.float32)
+        query *= tl.rsqrt((tl.sum(query * query, 0) + 1e-6) * K)
+        key *= tl.rsqrt(tl.sum(key * key, 0) + 1e-6)
+        at, ok = state + (n * K + i[:, None]) * V + c[None, :], (i < K)[:, None] & (c < V)[None, :]
+        s = tl.load(at, mask=ok, other=0.0) * tl.exp(tl.load(g + n).to(tl.float32))
+        new = tl.load(beta + n).to(tl.float32) * (value - tl.sum(s * key[:, None], 0))
+        s += key[:, None] * new[None, :]
+        tl.store(at, s, mask=ok)
+        tl.store(out + n * V + c, tl.sum(s * query[:, None], 0), mask=c < V)
+
 
 class FusedLinear:
     """Projections of one input (q/k/v, gate/up, o, down) as one product [W; A] x: outputs, then every LoRA's A x.
@@ -2177,8 +2209,12 @@ class FusedLinear:
         return torch.cat([base(x) for base in self.bases] + [F.linear(x, self.a)] * (self.rank > 0), -1)
 
     def add_lora(self, y: torch.Tensor) -> torch.Tensor:
-        """y [N, out + LoRA columns] -> [N, out], in plain torch."""
-        return torch.addmm(y[:, : self.out], y[:, self.out :], self.b) if self.rank else y
+        """y [N, out + LoRA columns] -> [N, out], in plain torch or, of one projection on CUDA, by one kernel."""
+        if self.rank == 0 or triton is None or not y.is_cuda:
+            return torch.addmm(y[:, : self.out], y[:, self.out :], self.b) if self.rank else y
+        x, tiles = y.new_empty(len(y), self.out), (triton.cdiv(len(y), 16), triton.cdiv(self.out, 64))
+        _add_lora_kernel[tiles](y, self.b, x, len(y), self.out, self.rank, 16, 64)
+        return x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out], LoRA added, in two products."""
@@ -2422,23 +2458,23 @@ class Decoder:
             read = slice(len(rows)) if torch.equal(rows, self.row_numbers[: len(rows)]) else rows
             plan = self.cos[pos][:, None], self.sin[pos][:, None], mask[:, None, None], read
         for index, layer in enumerate(self.layers):
-            x = self._add_norm(h, y, below, layer.before)
+            x = self._add_norm(h, y, below, layer.before, self.eps)
             q = self._rope_cache(index, layer, layer.qkv(x), rows, pos, plan)
             x = self._attend(index, q, rows, pos, plan, prompt, width)
-            x = self._add_norm(h, layer.o(x), layer.o, layer.after)
+            x = self._add_norm(h, layer.o(x), layer.o, layer.after, self.eps)
             y, below = layer.down(self._silu_mul(layer.gate_up, layer.gate_up(x))), layer.down
-        return self._add_norm(h, y, below, self.backbone.norm.weight)
+        return self._add_norm(h, y, below, self.backbone.norm.weight, self.eps)
 
-    def _add_norm(self, h, y, linear, weight) -> torch.Tensor:
+    def _add_norm(self, h, y, linear, weight, eps) -> torch.Tensor:
         """h += y with linear's LoRA (y None: nothing to add), in place; returns RMSNorm(h)."""
         if not self.kernels:
             if y is not None:
                 h += linear.add_lora(y)
-            return F.rms_norm(h, h.shape[-1:], weight, self.eps)
-        size, block = h.shape[1], triton.next_power_of_2(h.shape[1])
+            return F.rms_norm(h.float(), h.shape[-1:], weight.float(), eps).to(h.dtype)
+        size, block = h.shape[-1], triton.next_power_of_2(h.shape[-1])
         x, warps = torch.empty_like(h), min(16, max(4, block // 256))
         y, b, width, rank = (h, h, 0, 0) if y is None else (y, linear.b, y.shape[1], linear.rank)
-        _add_norm_kernel[(len(h),)](h, y, b, weight, x, self.eps, size, width, rank, block, num_warps=warps)
+        _add_norm_kernel[(h.numel() // size,)](h, y, b, weight, x, eps, size, width, rank, block, num_warps=warps)
         return x
 
     def _rope_cache(self, index, layer, y, rows, pos, plan) -> torch.Tensor:
@@ -2526,17 +2562,6 @@ class Decoder:
         count += alive
 
 
-def one_kernel_norm(norm: torch.nn.Module) -> Callable:
-    """An RMSNorm's forward by the kernel that torch has for it, if its output is x / rms(x) times w or 1 + w."""
-    eps, weight = getattr(norm, "variance_epsilon", getattr(norm, "eps", 0)), norm.weight
-    x = torch.linspace(-1, 3, 2 * len(weight)).view(2, -1).to(weight)
-    for w in (weight.float(), 1 + weight.float()):
-        forward = partial(lambda w, x: F.rms_norm(x.float(), w.shape, w, eps).to(x.dtype), w)
-        if torch.allclose(forward(x), norm(x), rtol=1e-5 if x.dtype == torch.float32 else 1e-2):
-            return forward
-    return norm.forward
-
-
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **more) -> tuple[Tensor, None]:
     """transformers' sdpa, except that the query heads of one new token go in as the rows of the K/V head they share:
     sdpa would write that out once for each of them."""
@@ -2551,6 +2576,18 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, *
 
 transformers.AttentionInterface.register("grouped", grouped_attention)
 transformers.AttentionMaskInterface.register("grouped", transformers.masking_utils.sdpa_mask)
+
+
+def one_token_delta_rule(query, key, value, g, beta, initial_state, **_) -> tuple[Tensor, Tensor]:
+    """transformers' rule for one token of linear attention, in one kernel; the state [B, heads, K, V] changes in place.
+    In all other arguments the token is dimension 1."""
+    q, k, v = (x.flatten(1) for x in (query, key, value))
+    (rows, heads, size, wide), out = initial_state.shape, value.new_empty(value.shape)
+    _delta_rule_kernel[(rows * heads, triton.cdiv(wide, 32))](
+        q, k, v, g.contiguous(), beta.contiguous(), initial_state, out, q.stride(0), k.stride(0), v.stride(0),
+        heads, size, wide, triton.next_power_of_2(size), 32,
+    )  # fmt: skip
+    return out, initial_state
 
 
 class GraphSampler(Decoder):
@@ -2568,24 +2605,33 @@ class GraphSampler(Decoder):
         norms = [m for m in modules if type(m).__name__.endswith("RMSNorm") and getattr(m, "weight", None) is not None]
         with torch.inference_mode(False), torch.no_grad():  # as in Decoder
             self.linears = [FusedLinear([module], self.dtype) for module in modules if hasattr(module, "lora_A")]
-            self.forwards = [(norm, one_kernel_norm(norm)) for norm in norms]
-        self.forwards += [(linear.modules[0], linear.forward) for linear in self.linears]
+            self.quick = [(norm, "forward", self._one_kernel_norm(norm)) for norm in norms]
+        self.quick += [(linear.modules[0], "forward", linear.forward) for linear in self.linears]
+        places, rule = {sys.modules[type(module).__module__] for module in modules}, "torch_recurrent_gated_delta_rule"
+        places = [place for place in places if self.kernels and hasattr(place, rule)]
+        self.quick += [(place, rule, one_token_delta_rule) for place in places]
+
+    def _one_kernel_norm(self, norm: torch.nn.Module) -> Callable:
+        """An RMSNorm's forward by the decoder's kernel, if its output is x / rms(x) times w or 1 + w."""
+        eps, weight = getattr(norm, "variance_epsilon", getattr(norm, "eps", 0)), norm.weight
+        x = torch.linspace(-1, 3, 2 * len(weight)).view(2, -1).to(weight)
+        for w in (weight, 1 + weight.float()):
+            forward = partial(lambda w, x: self._add_norm(x.contiguous(), None, None, w, eps), w)
+            if torch.allclose(forward(x), norm(x), rtol=1e-5 if x.dtype == torch.float32 else 1e-2):
+                return forward
+        return norm.forward
 
     def generate(self, *request: Any, **more: Any) -> Made:
-        """As Decoder.generate. Meanwhile a projection with LoRA is two products and a norm one kernel between two
-        casts; query heads share their K/V head without copies of it."""
+        """As Decoder.generate. Meanwhile a projection with LoRA is two kernels, a norm or a token of linear attention
+        one; query heads share their K/V head without copies of it."""
         attention, before = self.base.config._attn_implementation, torch.cuda.memory_allocated()
-        try:
-            for module, forward in self.forwards:
-                module.forward = forward
+        with ExitStack() as swapped, generating(self.policy):
+            for owner, name, quick in self.quick:
+                swapped.enter_context(patch.object(owner, name, quick))
             if attention == "sdpa":
                 self.base.set_attn_implementation("grouped")
-            with generating(self.policy):
-                made = super().generate(*request, **more)
-        finally:
-            self.base.set_attn_implementation(attention)
-            for module, _ in self.forwards:
-                vars(module).pop("forward", None)
+                swapped.callback(self.base.set_attn_implementation, attention)
+            made = super().generate(*request, **more)
         if not self.graphed or torch.cuda.memory_allocated() - before > 0.05 * torch.cuda.mem_get_info()[1]:
             self.release()
         return made
