@@ -1580,12 +1580,12 @@ def find_start(args: Namespace, config: Config, folder: Path, marks: dict[str, s
 def newest_checkpoint(folder: Path, config: Config, marks: dict[str, str]) -> Path:
     """The checkpoint from which --resume ends as an undisturbed run would. Raises UserError where none does."""
     try:
-        before = flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+        before = transformers.utils.flatten_dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
     except Exception as error:  # none, or whatever stands there
         raise UserError(f"--resume: {folder} holds no run; check run_name (config.yaml: {first_line(error)})") from None
     if not (found := checkpoints(folder)):
         raise UserError(f"--resume: {folder} has lost its checkpoints; start anew with --overwrite")
-    newest, state, now = found[-1], read_state(found[-1]), flat(config.model_dump())
+    newest, state, now = found[-1], read_state(found[-1]), transformers.utils.flatten_dict(config.model_dump())
     keys = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     changed = [f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in keys if not key.startswith(HARMLESS_KEYS)]
     other = [name for name in marks if state["marks"].get(name) != marks[name]]
@@ -1605,12 +1605,6 @@ def newest_checkpoint(folder: Path, config: Config, marks: dict[str, str]) -> Pa
         if not file.exists() or file.stat().st_size < state["logs"][file.name]:
             raise UserError(f"--resume: {file} is shorter than at its checkpoint; put it back")
     return newest
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as one of dotted keys."""
-    parts = [flat(v, f"{prefix}{k}.") if isinstance(v, dict) and v else {prefix + k: v} for k, v in tree.items()]
-    return {name: value for part in parts for name, value in part.items()}
 
 
 @dataclass
