@@ -1092,7 +1092,7 @@ def train_stage(
     if 0 < done < len(batches):
         load_optimizer(policy, optimizer, run.checkpoint / OPTIMIZER)
     skipped, silent, every = 0, 0, train.checkpoint_every or math.inf
-    for step in progress(range(done + 1, len(batches) + 1), f"Stage {'I' * stage}"):
+    for step in range(done + 1, len(batches) + 1):
         if (step - 1) % every == 0:
             validate(stage, step - 1)
         problems, rate = [examples[i] for i in batches[step - 1]], learning_rate(step, len(batches), train)
@@ -1491,7 +1491,7 @@ def evaluate(policy: Policy, examples: list[Example], config: Config, checkpoint
     reward. Raises Interrupted."""
     size, temperature = config.eval.batch_size, config.eval.generation_temperature
     start, conversations, where = time.perf_counter(), [], {"event": "eval", "checkpoint": checkpoint}
-    for i in progress(range(0, len(examples), size), f"evaluate {checkpoint}"):
+    for i in tqdm(range(0, len(examples), size), f"evaluate {checkpoint}", leave=False, disable=QUIET or None):
         if SIGNALS_SEEN:
             raise Interrupted
         batch, seed = examples[i : i + size], f"{config.train.seed}/eval/{i}"
@@ -1733,12 +1733,7 @@ def save_merged(adapter: Path, folder: Path, config: Config, policy: Policy) -> 
     policy.tokenizer.save_pretrained(folder)
 
 
-# ----------------------------------------------------------------------------------------------- signals, progress
-def progress(items: Any, title: str) -> tqdm:
-    """A progress bar on a terminal; nothing in a log file, where the lines say enough."""
-    return tqdm(items, desc=title, leave=False, disable=QUIET or not sys.stderr.isatty(), dynamic_ncols=True)
-
-
+# ---------------------------------------------------------------------------------------------------------- signals
 SIGNALS_SEEN: list[int] = []  # any asks the run to stop
 
 
