@@ -56,8 +56,8 @@ flexible: correct to a lenient reader, whatever the format. cut off: by the toke
 """
 STEP_LINE = (
     "Stage {roman} step {step}/{steps}: reward {reward_attempt1:.3f} / {reward_attempt2:.3f}, acc {acc_attempt1:.2f} / "
-    "{acc_attempt2:.2f}, kl {kl_attempt1:.3f} / {kl_attempt2:.3f}, {without_signal:.0%} without signal, "
-    "{tokens_per_second:.0f} tok/s, {minutes:.0f} min left"
+    "{acc_attempt2:.2f}, kl {kl_attempt1:.3f} / {kl_attempt2:.3f}, {without_signal:.0%} without signal, cut off "
+    "{truncated_attempt1:.0%} / {truncated_attempt2:.0%}, {tokens_per_second:.0f} tok/s, {minutes:.0f} min left"
 )
 EVAL_LINE = (
     "Evaluated {checkpoint}: Acc@t1 {acc_attempt1:.3f}, Acc@t2 {acc_attempt2:.3f}, delta {delta:+.3f}, i->c "
@@ -74,7 +74,8 @@ def run_line(policy: Any, config: Any, device: str, train: int, test: int, steps
         f"{config.run_name}: {config.model.name} in {numbers} on {device}, LoRA on {wrapped} modules, {weights:,} "
         f"trainable parameters; {train} train and {test} test examples, {steps[1]} + {steps[2]} steps. Figures read "
         f"attempt 1 / attempt 2: of training they are sampled at temperature {config.train.generation_temperature:g}, "
-        f"of evaluations {decoding(config)}. kl is K3 a token; without signal: problems whose rollouts all earn alike."
+        f"of evaluations {decoding(config)}. kl is K3 a token; without signal: problems whose rollouts all earn alike; "
+        "cut off: by train.max_new_tokens_attempt1 and 2, for which profile_run.py recommends values."
     )
 
 
@@ -141,15 +142,6 @@ def sample_row(example: Any, conversation: list[Any]) -> dict[str, Any]:
             row[f"{name}_attempt{number}"] = getattr(turn, name)
         row[f"tokens_attempt{number}"] = len(turn.completion)
     return row
-
-
-def budget_warnings(steps: list[dict[str, Any]]) -> list[str]:
-    """Names the budgets that cut off more than 5% of the attempts in these steps."""
-    shares = {n: sum(event[f"truncated_attempt{n}"] for event in steps) / len(steps) for n in (1, 2)}
-    line = (
-        "Warning: train.max_new_tokens_attempt{0} cut off {1:.0%} of attempts {0}; profile_run.py recommends budgets."
-    )
-    return [line.format(*pair) for pair in shares.items() if pair[1] > 0.05]
 
 
 def silence_warning(figures: dict[str, Any], steps: int) -> str:

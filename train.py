@@ -1640,9 +1640,6 @@ class Run:
         shown = list(enumerate(conversations))[: None if event["skipped"] else 4]
         self.write(event, [where | reports.sample_row(problems[row // each], c) for row, c in shown])
         log(reports.step_line(event, steps))
-        if event["step"] == min(5, steps) and not (self.folder / ".smoke").exists():  # which cuts budgets itself
-            for line in reports.budget_warnings([e for e in self.events("train") if e["stage"] == event["stage"]]):
-                log(line)
 
     def write(self, event: dict[str, Any], samples: list[dict[str, Any]]) -> None:
         for name, rows in (("samples.jsonl", samples), ("metrics.jsonl", [event])):

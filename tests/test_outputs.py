@@ -138,12 +138,6 @@ def test_quiet_prints_the_final_table_only(tiny_run: Callable[..., list[str]], t
     assert output(tmp_path / "log") == ""
 
 
-def test_a_budget_that_cuts_off_is_named() -> None:
-    (said,) = profile_run.budget_warnings([{"truncated_attempt1": 0.04, "truncated_attempt2": cut} for cut in (0, 0.2)])
-    assert "max_new_tokens_attempt2" in said
-    assert "max_new_tokens_attempt1" not in said
-
-
 def test_the_new_task_of_the_readme_runs(tmp_path: Path) -> None:
     flags = ["--config", "tests/new_task/config.yaml", "--smoke", "8", "--set", f"output.dir={tmp_path}"]
     assert fork_run(flags, tmp_path / "log") == 0, output(tmp_path / "log")
