@@ -1655,9 +1655,8 @@ class Run:
         save_checkpoint(policy, self.checkpoint, optimizer)
         self.write_results()
         self.write_state()
-        for old in self.folder.glob(f"stage*/step_*/{OPTIMIZER}"):
-            if old.parent != self.checkpoint:
-                old.unlink()
+        for old in {*self.folder.glob(f"stage*/step_*/{OPTIMIZER}")} - {self.checkpoint / OPTIMIZER}:
+            old.unlink()
         log(f"Saved {self.checkpoint}")
 
     def write_results(self) -> None:
