@@ -1713,10 +1713,10 @@ def save_checkpoint(policy: Policy, folder: Path, optimizer: Optimizer | None) -
 
 
 def load_optimizer(policy: Policy, optimizer: Optimizer, file: Path) -> None:
-    moments = read_weights(file)
-    for name, parameter in policy.trainable.items():
-        parts = {part: moments[f"{name}/{part}"].to(parameter.device) for part in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": moments[f"{name}/step"]} | parts
+    trainable = policy.trainable
+    for place, value in read_weights(file).items():  # none where all steps were skipped
+        name, part = place.rsplit("/", 1)
+        optimizer.state[trainable[name]][part] = value if part == "step" else value.to(DEVICE)
 
 
 def save_merged(adapter: Path, folder: Path, config: Config, policy: Policy) -> None:

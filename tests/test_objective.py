@@ -776,6 +776,12 @@ def test_train_stage_without_signal_changes_nothing_and_says_so(make_policy, mon
     assert_untouched(policy, before)
 
 
+def test_an_optimizer_before_its_first_step_is_saved_and_loaded(policy, tmp_path):
+    train.save_checkpoint(policy, tmp_path, adam(policy))
+    train.load_optimizer(policy, optimizer := adam(policy), tmp_path / train.OPTIMIZER)
+    assert not optimizer.state
+
+
 def test_train_stage_steps_at_the_stages_rate_skips_and_saves(make_policy, monkeypatch):
     """A gradient that is not finite skips its step alone; two in a row, here, end the run."""
     keys = {"stage1_batch_size": 2, "stage1_steps": 5, "warmup_steps": 2, "lr_decay": 0.4, "checkpoint_every": 1}
