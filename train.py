@@ -1418,11 +1418,10 @@ def completion_log_probs(policy: Policy, conversations: Conversations, temperatu
         hidden = backbone(input_ids=ids.to(DEVICE), use_cache=False, **how)[0]  # [B, L, H]
     turns = [(places[b][len(t.prompt) - 1 :], t.completion) for b, c in enumerate(conversations) for t in c]
     where = torch.cat([place[: len(completion)] for place, completion in turns])  # a token's is the one before it
-    targets = [token for _, completion in turns for token in completion]
+    targets = torch.tensor([token for _, completion in turns for token in completion], device=DEVICE)
     head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
     hidden = hidden.flatten(0, 1)[where.to(DEVICE)].to(head.weight.dtype)  # [N, H]
-    how = policy.logit_scale, cap, temperature
-    return LinearLogProb.apply(hidden, head.weight, head.bias, torch.tensor(targets, device=DEVICE), *how)
+    return LinearLogProb.apply(hidden, head.weight, head.bias, targets, policy.logit_scale, cap, temperature)
 
 
 def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -1442,8 +1441,7 @@ class LinearLogProb(torch.autograd.Function):
     CHUNK_BYTES = 2**28
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *how: Any):
-        scale, cap, temperature = how
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale, cap, temperature):
         log_probs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         direction = torch.empty_like(hidden) if hidden.requires_grad else None
         rows = max(1, LinearLogProb.CHUNK_BYTES // (4 * weight.shape[0]))
