@@ -1630,7 +1630,6 @@ class Run:
         self.write(event, [row | extra for row in samples])
         log(reports.EVAL_LINE.format(**event))
         self.write_results()
-        self.write_state()  # last: it is done
 
     def log_step(self, event: dict, problems: list[Example], conversations: Conversations, steps: int) -> None:
         """Writes and prints a training step; of its rollouts four, or all where the step was skipped."""
@@ -1652,15 +1651,15 @@ class Run:
         self.state |= {"stage": stage, "step": step, "finished": finished, "loss_scale": policy.loss_scale}
         save_checkpoint(policy, self.checkpoint, optimizer)
         self.write_results()
-        self.write_state()
         for old in {*self.folder.glob(f"stage*/step_*/{OPTIMIZER}")} - {self.checkpoint / OPTIMIZER}:
             old.unlink()
         log(f"Saved {self.checkpoint}")
 
     def write_results(self) -> None:
-        """results.json, results.md, curves.png, and the newest checkpoint's card."""
+        """results.json, results.md, curves.png, the newest checkpoint's card and, last, state.json: now it is done."""
         device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type
         reports.write_results(self, self.events("train"), self.events("eval"), device)
+        self.write_state()
 
     def write_state(self) -> None:
         """state.json, without which the checkpoint is none. What the logs hold past the sizes in it did not happen."""
