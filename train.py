@@ -1263,7 +1263,7 @@ def balanced(credit: Tensor, stage: int, train: TrainConfig) -> Tensor:
 
     With alpha 10 attempt 2's returns vary about six times as much as attempt 1's. Clipping and Adam leave only a step's
     direction, so attempt 1 would hardly be trained."""
-    if stage == 1 or train.attempt2_weight is None or len(credit) == 1:  # one row has no scale
+    if stage == 1 or train.attempt2_weight is None:
         return credit
     scale = credit.std(0).clamp(min=1e-6)
     return credit / scale * torch.tensor([1.0, train.attempt2_weight], dtype=credit.dtype)
