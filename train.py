@@ -1492,8 +1492,7 @@ def evaluate(policy: Policy, examples: list[Example], config: Config, checkpoint
     for i in tqdm(range(0, len(examples), size), f"evaluate {checkpoint}", leave=False, disable=QUIET or None):
         if SIGNALS_SEEN:
             raise Interrupted
-        batch, seed = examples[i : i + size], f"{config.train.seed}/eval/{i}"
-        conversations += roll_out(policy, batch, config, temperature, seed)
+        conversations += roll_out(policy, examples[i : i + size], config, temperature, f"{config.train.seed}/eval/{i}")
     if not all(math.isfinite(p) for conversation in conversations for turn in conversation for p in turn.log_probs):
         log(f"Warning: the model overflows its numbers in rollouts of {checkpoint}; set model.dtype: bfloat16.")
     event = where | {"n": len(examples)} | reports.evaluation_figures(conversations, config)
@@ -2685,9 +2684,8 @@ def resume_command(args: Namespace) -> str:
     """What to type to go on after an interruption."""
     if args.eval_only:
         return shlex.join(["python", *sys.argv])
-    words = ["python", sys.argv[0], "--config", args.config, *(["--set", *args.set] if args.set else [])]
-    words += [*(["--smoke", str(args.smoke)] if args.smoke else []), "--resume"]
-    return shlex.join(words)
+    given = (["--set", *args.set] if args.set else []) + (["--smoke", str(args.smoke)] if args.smoke else [])
+    return shlex.join(["python", sys.argv[0], "--config", args.config, *given, "--resume"])
 
 
 if __name__ == "__main__":
