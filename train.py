@@ -845,8 +845,6 @@ def load_model(config: Config) -> tuple[Any, ...]:
     except Exception as error:  # a model's files and code raise what they like
         raise UserError(f"model.name: {name} cannot be loaded: {first_line(error)}") from None
     model.peft_config["default"].base_model_name_or_path = name
-    for weight in filter(lambda weight: weight.requires_grad, model.parameters()):
-        weight.data = weight.data.float()
     return model, *switches
 
 
