@@ -543,8 +543,7 @@ def load_tokenizer(config: Config) -> Any:
         tokenizer.chat_template = template
     if not tokenizer.chat_template:
         with suppress(Exception):  # multimodal families may keep it beside the tokenizer, for their processor
-            file = transformers.utils.cached_file(name, "chat_template.json")
-            tokenizer.chat_template = json.loads(Path(file).read_text(encoding="utf-8"))["chat_template"]
+            tokenizer.chat_template = transformers.ProcessorMixin.get_processor_dict(name)[0]["chat_template"]
     if not tokenizer.chat_template or len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up, without files
         raise UserError(f"model.name: {name} has no tokenizer with a chat template; set model.chat_template to one")
     return tokenizer
