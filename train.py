@@ -918,8 +918,7 @@ def load_with_transformers(config: Config, text: Any) -> tuple[Any, ...]:
 
     def for_training(checkpointing: bool) -> None:
         model.train()
-        base.gradient_checkpointing_disable()
-        if checkpointing:
+        if checkpointing:  # never to be off again: see `use_less_memory`
             base.gradient_checkpointing_enable({"use_reentrant": False})
 
     return model, model.eval, for_training, ""
