@@ -386,6 +386,7 @@ logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)  # of 4-b
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW, Optimizer
@@ -402,8 +403,6 @@ def written_for_unsloth() -> bool:
     flags.add_argument("--ask", dest="config", type=lambda run: f"{run}/config.yaml")  # profile_run.py's
     flags.add_argument("--set", nargs="+", action="extend", default=[])
     with suppress(Exception, SystemExit):  # what is wrong there will be said where it is read for good
-        from huggingface_hub import hf_hub_download
-
         named, _ = flags.parse_known_args()
         name = named.model or read_config(named.config, named.set).model.name
         file = Path(name, "config.json") if Path(name).is_dir() else hf_hub_download(name, "config.json")
