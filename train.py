@@ -468,7 +468,7 @@ def train_and_evaluate(args: Namespace, config: Config) -> None:
         marks = fingerprints(data, bridge, config)
         checkpoint = find_start(args, config, folder, marks)
         adapter = Path(args.resume_adapter) if args.resume_adapter else checkpoint
-        adapter = adapter if adapter and (adapter / "adapter_config.json").exists() else None
+        adapter = None if adapter == folder else adapter  # a run's start has no weights
         for file in adapter.glob("*.safetensors") if adapter else ():
             read_weights(file)  # before the minute that the model may take
         policy = load_policy(config, tokenizer, adapter)
@@ -892,9 +892,10 @@ def load_with_unsloth(config: Config) -> tuple[Any, ...]:
     how |= {"max_seq_length": wanted.max_seq_length, "use_exact_model_name": True, "text_only": True}
     with redirect_stdout(io.StringIO()):  # banners
         base, _ = FastLanguageModel.from_pretrained(wanted.name, dtype=number_format(config), **how)
-        make_deterministic(base)
-        how = {"use_gradient_checkpointing": checkpointing, "random_state": config.train.seed}
-        model = FastLanguageModel.get_peft_model(base, bias="none", **lora_settings(base, config), **how)
+    make_deterministic(base)
+    how = lora_settings(base, config) | {"use_gradient_checkpointing": checkpointing, "bias": "none"}
+    with redirect_stdout(io.StringIO()):
+        model = FastLanguageModel.get_peft_model(base, random_state=config.train.seed, **how)
 
     # Unsloth's own for shared prompts waits for a compiler. Its backward took 333 ms, all of ours, gathers too, 143.
     unsloth.utils.attention_dispatch._flex_shared_prefix_attention = attend_in_rows

@@ -592,6 +592,7 @@ def test_resume_cleans_up_half_written_states(short_run, whole, finished, tmp_pa
         ([], "config.yaml", "config.yaml"),
         (["metrics.jsonl"], None, "metrics.jsonl"),
         (["stage2/state.json"], None, "optimizer"),
+        (["stage2/adapter_config.json", "stage2/adapter_model.safetensors"], None, "adapter_model"),
         ([f"{place}/state.json" for place in (".", "stage1", "stage1/step_2", "stage2", "stage2/step_2")], None,
          "checkpoints"),
     ],

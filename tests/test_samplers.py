@@ -47,13 +47,7 @@ OTHERS = {  # served by the graph of their own forward
     "qwen3_5": hf.Qwen3_5TextConfig(**SHAPE, **LINEAR, head_dim=12),
     "mistral-window": hf.MistralConfig(**SHAPE, sliding_window=8),
 }
-KINDS = {
-    "decoder": "qwen3",
-    "generate": "qwen3",
-    "graph": "qwen3",
-    "graph-gemma3": "gemma3",
-    "graph-qwen3_5": "qwen3_5",
-}
+KINDS = {"decoder": "qwen3", "generate": "qwen3", "graph": "qwen3"} | {f"graph-{name}": name for name in OTHERS}
 
 
 def make_model(config, lora: dict, device="cpu"):
@@ -282,9 +276,7 @@ def test_training_is_untouched_by_sampling(sampler):
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "qwen3_5"])  # norms times w, times 1 + w, and gated ones
 def test_a_graph_replaces_norms_and_projections_inside_a_rollout_only(family, monkeypatch):
     built, inside = make("graph", model := make_model((CONFIGS | OTHERS)[family], {})), []
-    own = [
-        module for module in model.modules() if hasattr(module, "lora_A") or type(module).__name__.endswith("RMSNorm")
-    ]
+    own = [part for part in model.modules() if hasattr(part, "lora_A") or type(part).__name__.endswith("RMSNorm")]
     replaced = lambda: sum("forward" in vars(module) for module in own)  # noqa: E731
     assert not any(new == old.forward for old, name, new in built.quick if name == "forward"), "each norm is known"
     monkeypatch.setattr(built, "_step", lambda rows: inside.append(replaced()) or 1 / 0)
