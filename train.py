@@ -1272,6 +1272,8 @@ def train_step(
         try:
             figures = add_gradients(policy, conversations, credit, kappas, train)
         except torch.OutOfMemoryError:
+            figures = None
+        if not figures:  # out here the error is gone, which held the activations
             use_less_memory(policy, max(len(c[-1].prompt) + len(c[-1].completion) for c in conversations))
             continue
         norm = torch.nn.utils.clip_grad_norm_(policy.trainable.values(), MAX_GRAD_NORM).item()

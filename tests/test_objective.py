@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import sys
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -486,7 +487,7 @@ def test_gradient_checkpointing_changes_nothing(scene, make_policy, monkeypatch,
     monkeypatch.setattr(train, "ENOUGH_TOKENS", 1)  # `auto` takes no more, but one longest row
     policy, config = make_policy(SCENE | {"model.gradient_checkpointing": checkpointing})
     perturb(policy, 0.05)
-    layer, longest = policy.model.get_base_model().model.layers[0], config.model.max_seq_length
+    layer, longest, emptied = policy.model.get_base_model().model.layers[0], config.model.max_seq_length, []
     assert layer.gradient_checkpointing == (checkpointing is True)
     assert policy.micro_tokens == longest * (1 if checkpointing == "auto" else config.train.micro_batch_size)
 
@@ -496,7 +497,9 @@ def test_gradient_checkpointing_changes_nothing(scene, make_policy, monkeypatch,
             raise torch.OutOfMemoryError("injected")
 
     before_each_forward(monkeypatch, full)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(sys.exc_info()[1]))
     mine, _ = step_gradient(policy, scene.conversations, 2, config.train)
+    assert not any(emptied), "an error that is being handled holds the activations"
     assert layer.gradient_checkpointing != (policy.micro_tokens < longest) == (checkpointing is False)
     says = [line.rpartition("starts over with ")[2][:12] for line in capsys.readouterr().out.splitlines()[1:]]
     assert says == {True: [], False: ["micro-batche"] * 3, "auto": ["gradient che"]}[checkpointing]
