@@ -1885,23 +1885,28 @@ if triton is not None:
         tl.store(x + row * SIZE + c, (v.to(weight.dtype.element_ty).to(tl.float32) * w).to(dtype), mask=ok)
 
     @triton.jit
-    def _lora_tile(y, b, n, ok_n, c, ok_c, part, OUT: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr):
-        """Rows n, columns c of y[:, :OUT] + y[:, OUT:] @ b in float32; b is block-diagonal, c lies in block `part`."""
+    def _lora_tile(
+        y, b, n, ok_n, c, ok_c, part,
+        OUT: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, PEFT: tl.constexpr = False,
+    ):  # fmt: skip
+        """Rows n, columns c of y[:, :OUT] + y[:, OUT:] @ b in float32; b is block-diagonal, c lies in block `part`. It
+        rounds as the trainer does: PEFT's LoRA rounds its part before it adds it, Unsloth's only the sum."""
         v = tl.load(y + n[:, None] * WIDTH + c[None, :], mask=ok_n[:, None] & ok_c[None, :], other=0.0).to(tl.float32)
         if R > 0:
             r = part * R + tl.arange(0, R)
             xa = tl.load(y + n[:, None] * WIDTH + OUT + r[None, :], mask=ok_n[:, None], other=0.0)
             block = tl.load(b + r[:, None] * OUT + c[None, :], mask=ok_c[None, :], other=0.0)
-            v += tl.dot(xa, block, input_precision="ieee")
+            lora = tl.dot(xa, block, input_precision="ieee")
+            v += lora.to(y.dtype.element_ty).to(tl.float32) if PEFT else lora
         return v.to(y.dtype.element_ty).to(tl.float32)
 
     @triton.jit(do_not_specialize=["tokens"])
     def _add_lora_kernel(y, b, x, tokens, OUT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr):
-        """A tile of M tokens of one projection: x = y[:, :OUT] + y[:, OUT:] @ b."""
+        """A tile of M tokens of one projection: x = y[:, :OUT] + y[:, OUT:] @ b, rounded as by PEFT."""
         n = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
         c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         ok_n, ok_c = n < tokens, c < OUT
-        v = _lora_tile(y, b, n, ok_n, c, ok_c, 0, OUT, OUT + R, R).to(x.dtype.element_ty)
+        v = _lora_tile(y, b, n, ok_n, c, ok_c, 0, OUT, OUT + R, R, True).to(x.dtype.element_ty)
         tl.store(x + n[:, None] * OUT + c[None, :], v, mask=ok_n[:, None] & ok_c[None, :])
 
     @triton.jit(do_not_specialize=["tokens", "layer"])
@@ -2182,7 +2187,7 @@ class FusedLinear:
     def add_lora(self, y: torch.Tensor) -> torch.Tensor:
         """y [N, out + LoRA columns] -> [N, out], in plain torch or, of one projection on CUDA, by one kernel."""
         if self.rank == 0 or triton is None or not y.is_cuda:
-            return torch.addmm(y[:, : self.out], y[:, self.out :], self.b) if self.rank else y
+            return (y[:, self.out :] @ self.b).add_(y[:, : self.out]) if self.rank else y
         x, tiles = y.new_empty(len(y), self.out), (triton.cdiv(len(y), 16), triton.cdiv(self.out, 64))
         _add_lora_kernel[tiles](y, self.b, x, len(y), self.out, self.rank, 16, 64)
         return x
@@ -2441,7 +2446,7 @@ class Decoder:
         if not self.kernels:
             if y is not None:
                 h += linear.add_lora(y)
-            return F.rms_norm(h.float(), h.shape[-1:], weight.float(), eps).to(h.dtype)
+            return (F.rms_norm(h.float(), h.shape[-1:], None, eps).to(weight.dtype).float() * weight).to(h.dtype)
         size, block = h.shape[-1], triton.next_power_of_2(h.shape[-1])
         x, warps = torch.empty_like(h), min(16, max(4, block // 256))
         y, b, width, rank = (h, h, 0, 0) if y is None else (y, linear.b, y.shape[1], linear.rank)
@@ -2583,14 +2588,15 @@ class GraphSampler(Decoder):
         self.quick += [(place, rule, one_token_delta_rule) for place in places]
 
     def _one_kernel_norm(self, norm: torch.nn.Module) -> Callable:
-        """An RMSNorm's forward by the decoder's kernel, if its output is x / rms(x) times w or 1 + w."""
+        """An RMSNorm's forward by the decoder's kernel, if its output is x / rms(x) times w, rounded before that (as w
+        is) or after, or times 1 + w."""
         eps, weight = getattr(norm, "variance_epsilon", getattr(norm, "eps", 0)), norm.weight
         x = torch.linspace(-1, 3, 2 * len(weight)).view(2, -1).to(weight)
-        for w in (weight, 1 + weight.float()):
-            forward = partial(lambda w, x: self._add_norm(x.contiguous(), None, None, w, eps), w)
-            if torch.allclose(forward(x), norm(x), rtol=1e-5 if x.dtype == torch.float32 else 1e-2):
-                return forward
-        return norm.forward
+        run, own = lambda w, x: self._add_norm(x.contiguous(), None, None, w, eps), norm(x).float()
+        weights = weight, weight.float(), 1 + weight.float()
+        off = [((run(w, x).float() - own).abs().max() / own.abs().max()).item() for w in weights]
+        found = min(off) < (1e-5 if x.dtype == torch.float32 else 1e-2)
+        return partial(run, weights[off.index(min(off))]) if found else norm.forward
 
     def generate(self, *request: Any, **more: Any) -> Made:
         """As Decoder.generate. Meanwhile a projection with LoRA is two kernels, a norm or a token of linear attention
