@@ -1015,14 +1015,17 @@ def find_logit_scale(policy: Policy) -> None:
     multiply by one, others divide) the one that gives the model's own log-probs on a short row. Raises UserError."""
     config, row, off = policy.model.config, [i % len(policy.tokenizer) for i in range(5, 17)], {}
     named = [getattr(config, name, None) for name in ("logits_scaling", "logit_scale", "lm_head_multiplier")]
-    with torch.no_grad(), reference(policy):  # the adapter's dropout would differ between the two
-        with autocast(policy):
-            logits = policy.model(input_ids=torch.tensor([row], device=DEVICE)).logits[0, :-1]
-        own = logits.float().log_softmax(-1).gather(-1, torch.tensor(row[1:], device=DEVICE)[:, None])[:, 0]
-        for scale in [1.0, *(power for x in named if isinstance(x, int | float) and x for power in (x, 1 / x))]:
-            policy.logit_scale = scale
-            ours = completion_log_probs(policy, [[Turn(row[:1], row[1:])]], 1.0)
-            off[scale] = (ours - own).abs().max().item()
+    try:
+        with torch.no_grad(), reference(policy):  # the adapter's dropout would differ between the two
+            with autocast(policy):
+                logits = policy.model(input_ids=torch.tensor([row], device=DEVICE)).logits[0, :-1]
+            own = logits.float().log_softmax(-1).gather(-1, torch.tensor(row[1:], device=DEVICE)[:, None])[:, 0]
+            for scale in [1.0, *(power for x in named if isinstance(x, int | float) and x for power in (x, 1 / x))]:
+                policy.logit_scale = scale
+                ours = completion_log_probs(policy, [[Turn(row[:1], row[1:])]], 1.0)
+                off[scale] = (ours - own).abs().max().item()
+    except Exception as error:  # a model's code raises what it likes
+        raise UserError(f"model.name: {config.model_type} cannot be trained: {first_line(error)}") from None
     if not own.isfinite().all():
         raise UserError(f"model.dtype: the logits of {config.model_type} are not finite in {logits.dtype}; set another")
     policy.logit_scale = min(off, key=off.get)

@@ -163,18 +163,18 @@ def test_merged_model_gives_the_adapters_logits(make_policy: Callable[..., Any],
 # ---- what is refused
 
 
-def test_logits_that_change_after_the_head_in_an_unknown_way_are_refused(
-    monkeypatch: pytest.MonkeyPatch, make_policy: Callable[..., Any]
-) -> None:
-    whole = transformers.Qwen3ForCausalLM.forward
-
+@pytest.mark.parametrize(
+    ("bend", "says"),
+    [(torch.sin, "changes its logits after the head in an unknown way"), (torch.mm, "cannot be trained")],
+)
+def test_a_forward_unlike_others_is_refused(monkeypatch: Any, make_policy: Any, bend: Any, says: str) -> None:
     def bent(model: Any, *args: Any, **kwargs: Any) -> Any:
         made = whole(model, *args, **kwargs)
-        made.logits = made.logits.sin()
-        return made
+        return type(made)(logits=bend(made.logits))
 
+    whole = transformers.Qwen3ForCausalLM.forward
     monkeypatch.setattr(transformers.Qwen3ForCausalLM, "forward", bent)
-    with pytest.raises(train.UserError, match="qwen3 changes its logits after the head in an unknown way"):
+    with pytest.raises(train.UserError, match=f"qwen3 {says}"):
         make_policy()
 
 
