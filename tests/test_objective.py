@@ -414,7 +414,7 @@ transformers.AttentionMaskInterface.register("rows", transformers.masking_utils.
 
 
 def test_rows_share_prompts_only_where_that_works(scene, capsys):
-    for share, said in (("input_ids", "do not share"), ("unheard_of", "do not share"), ("rows", "")):
+    for share, said in (("input_ids", "do not share"), ("unheard_of", "nats off"), ("rows", "")):
         train.share_where_exact(scene.policy, share)
         assert scene.policy.share == ("" if said else share) and said in capsys.readouterr().out
 
