@@ -612,8 +612,8 @@ def load_examples(config: Config, tokenizer: Any, smoke: int | None = None) -> S
     kept = [example for example in train if plain(example) not in asked]
     if len(kept) < len(train):
         log(f"Warning: {len(train) - len(kept)} train rows are also test rows; they are not trained on.")
-    if not (kept and test):
-        raise UserError(f"dataset.name: {wanted.name} must have test rows, and train rows that are not among them")
+    if not kept:
+        raise UserError(f"dataset.name: every train row of {wanted.name} is also a test row; nothing is left to learn")
     train, validation = hold_out(kept, config.eval.validation, "eval.validation")
     return train[:smoke], validation, test[: wanted.test_split_size][: config.eval.max_examples]
 
@@ -686,6 +686,8 @@ def read_rows(rows: Any, split: str, config: Config, tokenizer: Any) -> list[Exa
         if 2 * len(faults) > len(rows):
             raise UserError(f"{faults[0]}: {left_out}")
         log(f"Warning: {left_out} and are left out; the first: {faults[0]}.")
+    if not kept:
+        raise UserError(f"dataset.name: {wanted.name} has no {split} rows")
     targets = [example.target for example in kept.values()]
     columns = rewards.trl_columns(rows.select(kept), targets, reward.fn, reward.module, reward.columns, extract)
     return [replace(example, columns=named) for example, named in zip(kept.values(), columns, strict=True)]
