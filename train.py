@@ -946,7 +946,10 @@ def make_deterministic(base: Any) -> None:
         for name, value in vars(module).items():
             if isinstance(value, float) and ("dropout" in name or "jitter_noise" in name):
                 setattr(module, name, 0.0)
-        if getattr(module, "rope_type", None) in ROPE_BY_LENGTH:
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, dict):  # one for each kind of layer
+            module.rope_type = {layers: "default" if k in ROPE_BY_LENGTH else k for layers, k in kind.items()}
+        elif kind in ROPE_BY_LENGTH:
             module.rope_type = "default"
 
 

@@ -256,7 +256,7 @@ def test_conversations_end_where_positions_do(raw_config: dict, tmp_path: Path, 
         train.load_policy(long, build_tokenizer())
 
 
-@pytest.mark.parametrize("name", ["phi3-longrope", "dynamic"])
+@pytest.mark.parametrize("name", ["phi3-longrope", "dynamic", "layered"])
 def test_a_tokens_place_does_not_depend_on_its_rows_length(name: str, tmp_path: Path) -> None:
     model, ids = build((FAMILIES | OTHERS)[name], tmp_path), torch.arange(200)[None] % 100
     with torch.no_grad():
