@@ -467,8 +467,8 @@ def train_and_evaluate(args: Namespace, config: Config) -> None:
         steps = {stage: 0 if args.eval_only else len(stage_batches(stage, len(train), config)) for stage in (1, 2)}
         marks = fingerprints(data, bridge, config)
         checkpoint = find_start(args, config, folder, marks)
-        adapter = Path(args.resume_adapter) if args.resume_adapter else checkpoint
-        adapter = None if adapter == folder else adapter  # a run's start has no weights
+        saved = None if checkpoint == folder else checkpoint  # a run's start has no weights
+        adapter = Path(args.resume_adapter) if args.resume_adapter else saved
         for file in adapter.glob("*.safetensors") if adapter else ():
             read_weights(file)  # before the minute that the model may take
         policy = load_policy(config, tokenizer, adapter)
@@ -914,6 +914,7 @@ def load_with_transformers(config: Config, text: Any) -> tuple[Any, ...]:
     bits = transformers.BitsAndBytesConfig(**nf4) if config.model.load_in_4bit else None
     base = load_base(config, text, dtype=numbers, device_map=place, quantization_config=bits)
     make_deterministic(base)
+    base.gradient_checkpointing_disable()  # config.json may switch it on
     model = get_peft_model(base, PeftLoraConfig(**lora_settings(base, config), task_type="CAUSAL_LM"))
 
     def for_training(checkpointing: bool) -> None:
@@ -1029,8 +1030,11 @@ def find_logit_scale(policy: Policy) -> None:
                 policy.logit_scale = scale
                 ours = completion_log_probs(policy, [[Turn(row[:1], row[1:])]], 1.0)
                 off[scale] = (ours - own).abs().max().item()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a model's code raises what it likes
-        raise UserError(f"model.name: {config.model_type} cannot be trained: {first_line(error)}") from None
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"model.name: {config.model_type} cannot be trained: {why}") from None
     if not own.isfinite().all():
         raise UserError(f"model.dtype: the logits of {config.model_type} are not finite in {logits.dtype}; set another")
     policy.logit_scale = min(off, key=off.get)
@@ -1900,8 +1904,9 @@ if triton is not None:
         y, b, n, ok_n, c, ok_c, part,
         OUT: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, PEFT: tl.constexpr = False,
     ):  # fmt: skip
-        """Rows n, columns c of y[:, :OUT] + y[:, OUT:] @ b in float32; b is block-diagonal, c lies in block `part`. It
-        rounds as the trainer does: PEFT's LoRA rounds its part before it adds it, Unsloth's only the sum."""
+        """Rows n, columns c of y[:, :OUT] + y[:, OUT:] @ b in float32; b is block-diagonal, c lies in block `part`.
+        PEFT's LoRA rounds its part before it adds it, Unsloth's only the sum. PEFT trains what the graph samples,
+        Unsloth what the decoder samples, but for text parts of multimodal models."""
         v = tl.load(y + n[:, None] * WIDTH + c[None, :], mask=ok_n[:, None] & ok_c[None, :], other=0.0).to(tl.float32)
         if R > 0:
             r = part * R + tl.arange(0, R)
@@ -2197,14 +2202,14 @@ class FusedLinear:
 
     def add_lora(self, y: torch.Tensor) -> torch.Tensor:
         """y [N, out + LoRA columns] -> [N, out], in plain torch or, of one projection on CUDA, by one kernel."""
-        if self.rank == 0 or triton is None or not y.is_cuda:
+        if self.rank == 0 or triton is None or not y.is_cuda or len(self.modules) > 1:
             return (y[:, self.out :] @ self.b).add_(y[:, : self.out]) if self.rank else y
         x, tiles = y.new_empty(len(y), self.out), (triton.cdiv(len(y), 16), triton.cdiv(self.out, 64))
         _add_lora_kernel[tiles](y, self.b, x, len(y), self.out, self.rank, 16, 64)
         return x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in] -> [..., out], LoRA added, in two products."""
+        """x [..., in] -> [..., out], LoRA added."""
         return self.add_lora(self(x.flatten(0, -2))).unflatten(0, x.shape[:-1])
 
 
@@ -2617,8 +2622,8 @@ class GraphSampler(Decoder):
             for owner, name, quick in self.quick:
                 swapped.enter_context(patch.object(owner, name, quick))
             if attention == "sdpa":
-                self.base.set_attn_implementation("grouped")
                 swapped.callback(self.base.set_attn_implementation, attention)
+                self.base.set_attn_implementation("grouped")
             made = super().generate(*request, **more)
         if not self.graphed or torch.cuda.memory_allocated() - before > 0.05 * torch.cuda.mem_get_info()[1]:
             self.release()
