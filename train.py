@@ -1030,8 +1030,6 @@ def find_logit_scale(policy: Policy) -> None:
                 policy.logit_scale = scale
                 ours = completion_log_probs(policy, [[Turn(row[:1], row[1:])]], 1.0)
                 off[scale] = (ours - own).abs().max().item()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # a model's code raises what it likes
         why = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"model.name: {config.model_type} cannot be trained: {why}") from None

@@ -660,9 +660,10 @@ def test_eval_only_never_touches_a_run_that_has_the_name(short_run, finished, tm
 
 @pytest.fixture(scope="module")
 def stage2(short_run: Any, whole: SimpleNamespace, tmp_path_factory: Any) -> SimpleNamespace:
-    """A Stage II from another run's stage1/step_2, never interrupted."""
+    """A Stage II from another run's stage1/step_2, which lies in this run's folder; never interrupted."""
     out = tmp_path_factory.mktemp("stage2")
-    finish(short_run(out, *from_adapter(whole.folder / "stage1" / "step_2")), out)
+    shutil.copytree(whole.folder / "stage1" / "step_2", out / "run")
+    finish(short_run(out, *from_adapter(out / "run")), out)
     return SimpleNamespace(folder=out / "run", weights=weights(out / "run" / "stage2"))
 
 
@@ -675,8 +676,7 @@ def test_stage_two_in_a_new_run(whole, stage2):
     assert evaluations_of(stage2.folder) == ["pretrain", "stage1", "stage2/step_0", *EVALUATIONS[-3:]]
     assert weights(stage2.folder / "stage2" / "step_0") == weights(whole.folder / "stage1" / "step_2")
     assert stage2.weights != weights(whole.folder / "stage2")
-    given = [event["adapter"] for event in lines_of(stage2.folder) if "adapter" in event]
-    assert given == [str(whole.folder / "stage1" / "step_2")]
+    assert [event["adapter"] for event in lines_of(stage2.folder) if "adapter" in event] == [str(stage2.folder)]
 
 
 @pytest.mark.parametrize("when", ["pretrain", "stage1", "stage2/step_0", (2, 1)])
