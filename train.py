@@ -2595,11 +2595,12 @@ class GraphSampler(Decoder):
         norms = [m for m in modules if type(m).__name__.endswith("RMSNorm") and getattr(m, "weight", None) is not None]
         with torch.inference_mode(False), torch.no_grad():  # as in Decoder
             self.linears = [FusedLinear([module], self.dtype) for module in modules if hasattr(module, "lora_A")]
-            self.quick = [(norm, "forward", self._one_kernel_norm(norm)) for norm in norms]
-        self.quick += [(linear.modules[0], "forward", linear.forward) for linear in self.linears]
+            # (owner, attribute, what stands there during a rollout)
+            self.replaced = [(norm, "forward", self._one_kernel_norm(norm)) for norm in norms]
+        self.replaced += [(linear.modules[0], "forward", linear.forward) for linear in self.linears]
         places, rule = {sys.modules[type(module).__module__] for module in modules}, "torch_recurrent_gated_delta_rule"
         places = [place for place in places if self.kernels and hasattr(place, rule)]
-        self.quick += [(place, rule, one_token_delta_rule) for place in places]
+        self.replaced += [(place, rule, one_token_delta_rule) for place in places]
 
     def _one_kernel_norm(self, norm: torch.nn.Module) -> Callable:
         """An RMSNorm's forward by the decoder's kernel, if its output is x / rms(x) times w, rounded before that (as w
@@ -2617,8 +2618,8 @@ class GraphSampler(Decoder):
         one; query heads share their K/V head without copies of it."""
         attention, before = self.base.config._attn_implementation, torch.cuda.memory_allocated()
         with ExitStack() as swapped, generating(self.policy):
-            for owner, name, quick in self.quick:
-                swapped.enter_context(patch.object(owner, name, quick))
+            for owner, name, other in self.replaced:
+                swapped.enter_context(patch.object(owner, name, other))
             if attention == "sdpa":
                 swapped.callback(self.base.set_attn_implementation, attention)
                 self.base.set_attn_implementation("grouped")

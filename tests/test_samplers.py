@@ -273,7 +273,7 @@ def test_a_graph_replaces_norms_and_projections_inside_a_rollout_only(family, mo
     built, inside = make("graph", model := make_model((CONFIGS | OTHERS)[family], {"lora_alpha": 5}).bfloat16()), []
     own = [part for part in model.modules() if hasattr(part, "lora_A") or type(part).__name__.endswith("RMSNorm")]
     replaced = lambda: sum("forward" in vars(module) for module in own)  # noqa: E731
-    for old, _, new in built.quick:
+    for old, _, new in built.replaced:
         x = torch.randn(50, getattr(old, "in_features", old.weight.shape[-1])).bfloat16()
         assert new != old.forward, "each norm is known"
         assert (new(x) == old(x)).float().mean() > 0.99, "rounded as its trainer does"
@@ -548,7 +548,7 @@ for family in ("gemma3", "qwen3_5"):
     model = t.make_model(t.OTHERS[family], {{}})
     plain, kernels = t.make("graph", model), t.make("graph", model)
     kernels.kernels, there = True, sys.modules[type(model.get_base_model()).__module__]
-    kernels.quick += [(there, "torch_recurrent_gated_delta_rule", m.one_token_delta_rule)] * (family == "qwen3_5")
+    kernels.replaced += [(there, "torch_recurrent_gated_delta_rule", m.one_token_delta_rule)] * (family == "qwen3_5")
     same(t.PROMPTS[2:5], 5)
 y, b, x = torch.randn(19, 86), torch.randn(16, 70), torch.empty(19, 70)
 m._add_lora_kernel[(2, 2)](y, b, x, 19, 70, 16, 16, 64)
