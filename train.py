@@ -2437,7 +2437,8 @@ class Decoder:
         tails = [(row, n, prompt) for row, (prompt, n) in enumerate(zip(prompts, known, strict=True))]
         rest = [(token, row, at) for row, n, prompt in tails for at, token in enumerate(prompt[n:], n)]
         rest = torch.tensor(rest, device=self.device)
-        hidden = torch.cat([self._forward(*part.T.contiguous()) for part in rest.split(self.prompt_tokens)])
+        # Copies start at aligned addresses: for others Triton would compile the kernels once more.
+        hidden = torch.cat([self._forward(*map(torch.clone, p.T)) for p in rest.split(self.prompt_tokens)])
         return hidden[rest[:, 1].bincount().cumsum(0) - 1]
 
     def _forward(self, ids, rows, pos, prompt=None, width=1) -> torch.Tensor:
