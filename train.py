@@ -36,7 +36,6 @@ import reprlib
 import shlex
 import shutil
 import signal
-import socket
 import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -1535,12 +1534,10 @@ def claim_folder(args: Namespace, config: Config) -> Iterator[Path]:
         raise UserError(f"output.dir: {folder} is in use by {who}; wait for it, or set another run_name") from None
     except (OSError, ValueError) as error:
         raise UserError(f"output.dir: cannot write to {folder.parent}: {first_line(error)}") from None
-    with claim:
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-        try:
-            yield folder
-        finally:
-            holder.unlink(missing_ok=True)
+    with claim, ExitStack() as ending:
+        ending.callback(holder.unlink, missing_ok=True)
+        holder.write_text(f"process {os.getpid()} on {os.uname().nodename}")
+        yield folder
 
 
 def checkpoints(folder: Path) -> list[Path]:
