@@ -1591,10 +1591,9 @@ def newest_checkpoint(folder: Path, config: Config, marks: dict[str, str]) -> Pa
     changed += [f"the {name}" for name in other if name != "train.py"]
     if changed:
         dated = " (does the chat template print today's date?)" * bool({"rows", RENDERED} & set(other))
-        weights = (newest / "adapter_config.json").exists()
-        new = "a new run from its weights: --start-stage 2 --resume-adapter DIR" if weights else "anew with --overwrite"
+        how = "from its weights, --start-stage 2 --resume-adapter DIR" if newest != folder else "with --overwrite"
         why = f"{folder} was made with something else: {'; '.join(changed)}{dated}"
-        raise UserError(f"--resume: {why}; put it back, or start {new}")
+        raise UserError(f"--resume: {why}; put it back, or start anew {how}")
     if state["step"] and not state["finished"] and not (newest / OPTIMIZER).exists():
         why = f"{newest} has no optimizer state, which only a run's newest checkpoint keeps"
         raise UserError(f"--resume: {why}; Stage II can start from it: --start-stage 2 --resume-adapter {newest}")
