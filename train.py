@@ -611,8 +611,7 @@ def load_examples(config: Config, tokenizer: Any, smoke: int | None = None) -> S
     kept = [example for example in train if plain(example) not in asked]
     if len(kept) < len(train):
         log(f"Warning: {len(train) - len(kept)} train rows are also test rows; they are not trained on.")
-    if not kept:
-        raise UserError(f"dataset.name: every train row of {wanted.name} is also a test row; nothing is left to learn")
+    refuse((not kept, f"dataset.name: every train row of {wanted.name} is also a test row; nothing is left to learn"))
     train, validation = hold_out(kept, config.eval.validation, "eval.validation")
     return train[:smoke], validation, test[: wanted.test_split_size][: config.eval.max_examples]
 
@@ -627,8 +626,7 @@ def hold_out(rows: list[Example], count: int | None, name: str) -> tuple[list[Ex
     by_hash = sorted(rows, key=lambda row: hashlib.sha256(plain(row).encode(errors="replace")).digest())
     asked = set(map(plain, by_hash[:count]))
     kept, held_out = ([row for row in rows if (plain(row) in asked) is out] for out in (False, True))
-    if not kept:
-        raise UserError(f"{name}: must leave some of the {len(rows)} rows to train on, and is {count}; lower it")
+    refuse((not kept, f"{name}: must leave some of the {len(rows)} rows to train on, and is {count}; lower it"))
     return kept, held_out
 
 
@@ -682,11 +680,9 @@ def read_rows(rows: Any, split: str, config: Config, tokenizer: Any) -> list[Exa
             faults.append(f"{error} (row {number} of {split} in {wanted.name})")
     if faults:
         left_out = f"{len(faults)} of {len(rows)} {split} rows cannot be used"
-        if 2 * len(faults) > len(rows):
-            raise UserError(f"{faults[0]}: {left_out}")
+        refuse((2 * len(faults) > len(rows), f"{faults[0]}: {left_out}"))
         log(f"Warning: {left_out} and are left out; the first: {faults[0]}.")
-    if not kept:
-        raise UserError(f"dataset.name: {wanted.name} has no {split} rows")
+    refuse((not kept, f"dataset.name: {wanted.name} has no {split} rows"))
     targets = [example.target for example in kept.values()]
     columns = rewards.trl_columns(rows.select(kept), targets, reward.fn, reward.module, reward.columns, extract)
     return [replace(example, columns=named) for example, named in zip(kept.values(), columns, strict=True)]
