@@ -327,11 +327,9 @@ def fault_line(fault: dict[str, Any]) -> str:
         homes = [known for known in known_keys() if known.split(".")[-1] == name.split(".")[-1]]
         close = did_you_mean(name, known_keys()) or "; --help lists them all"
         return f"{name}: unknown key{f'; it belongs to {homes[0]}' if homes else close}"
-    message = fault["msg"].removeprefix("Value error, ")[:300]
-    if fault["type"] == "model_type":
-        message = "holds keys of its own"
+    message = "holds keys of its own" if fault["type"] == "model_type" else fault["msg"].removeprefix("Value error, ")
     value = f" (got {reprlib.repr(fault['input'])})" if not isinstance(fault["input"], dict) else ""
-    return f"{name}: {message[0].lower() + message[1:]}{value}"
+    return f"{name}: {message[0].lower() + message[1:300]}{value}"
 
 
 def shrink_for_smoke(config: Config, examples: int) -> None:
