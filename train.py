@@ -1559,8 +1559,7 @@ def find_start(args: Namespace, config: Config, folder: Path, marks: dict[str, s
         raise UserError(f"--eval-only: {folder} holds a run that trained; set another run_name")
     if there and not (args.overwrite or args.smoke or args.eval_only):
         resume = f", or go on with {resume_command(args)}" * ("config.yaml" in there)  # else a start was killed
-        what = f"{folder} holds {', '.join(there)}; set another run_name"
-        raise UserError(f"output.dir: {what}, or give --overwrite{resume}")
+        raise UserError(f"output.dir: {folder} holds {', '.join(there)}; set another run_name or --overwrite{resume}")
     read = [config.model.name, config.dataset.name, config.reward.module, config.model.chat_template]
     for path in filter(None, [*read, args.config, args.resume_adapter]):
         if any(Path(path).expanduser().resolve().is_relative_to((folder / name).resolve()) for name in there):
