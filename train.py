@@ -2325,7 +2325,7 @@ class Decoder:
             self.ends = torch.zeros(rows, **whole)  # by prompt: where its last token stands
             self.control = torch.zeros(6, **whole)  # cache offset, its rows and slots, max_new_tokens, seed, first_row
             self.inv_t = torch.zeros(2, device=self.device)  # 1 / temperature, 1 to sample or 0 for greedy
-            self.tokens = torch.zeros(rows, new + 1, **whole)  # by prompt; ended rows may write to the last column
+            self.tokens = torch.zeros(rows, new + 1, **whole)  # by prompt; ended rows may write behind their end
             self.logps = torch.zeros(rows, new + 1, device=self.device)
             self.lengths, self.row_numbers = torch.zeros(rows, **whole), torch.arange(rows, **whole)
             self.anchor = torch.zeros(16, dtype=self.dtype, device=self.device)
@@ -2530,16 +2530,14 @@ class Decoder:
                 _guess_kernel[(rows,)](self.state, self.context, self.ends, cap, slots, self.most, self.near, 1024)
             return
         ids, pos, count, done, prompt = self.state[:5, :rows]
-        uniform = self.uniforms[prompt, count.clamp(max=self.limit)] if self.temperature else None
-        token, logp = pick(logits, self.temperature, uniform)
+        token, logp = pick(logits, self.temperature, self.uniforms[prompt, count] if self.temperature else None)
+        self.tokens[prompt, count], self.logps[prompt, count] = token, logp
         alive = done == 0
-        column = torch.where(alive, count, self.tokens.shape[1] - 1)
-        self.tokens[prompt, column], self.logps[prompt, column] = token, logp
-        self.lengths[prompt] = torch.where(alive, count + 1, self.lengths[prompt])
-        done |= (count + 1 >= self.limit) | (token[:, None] == self.eos).any(-1)
         ids.copy_(torch.where(alive, token, self.pad))
         pos += alive
         count += alive
+        self.lengths[prompt] = count
+        done |= (count >= self.limit) | (token[:, None] == self.eos).any(-1)
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **more) -> tuple[Tensor, None]:
