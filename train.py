@@ -2423,8 +2423,7 @@ class Decoder:
         known, source = [known[number] for number in numbers], rows_of[numbers]
         for new, old in zip(self.cache, cache, strict=True):
             new[:, : len(prompts), :, : max(known)] = old[:, source, :, : max(known)]
-        tails = [(row, n, prompt) for row, (prompt, n) in enumerate(zip(prompts, known, strict=True))]
-        rest = [(token, row, at) for row, n, prompt in tails for at, token in enumerate(prompt[n:], n)]
+        rest = [(prompt[at], row, at) for row, prompt in enumerate(prompts) for at in range(known[row], len(prompt))]
         rest = torch.tensor(rest, device=self.device)
         # Copies start at aligned addresses: for others Triton would compile the kernels once more.
         hidden = torch.cat([self._forward(*map(torch.clone, p.T)) for p in rest.split(self.prompt_tokens)])
