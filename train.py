@@ -2164,6 +2164,7 @@ class FusedLinear:
         self.bias = zeros(self.out + extra) if self.dense and any(b.bias is not None for b in self.bases) else None
         self.reload()
 
+    @torch.no_grad()
     def reload(self) -> None:
         """Copy the LoRA weights as they are now (zeros where adapters are off), cast to the compute dtype."""
         self.b.zero_()
@@ -2241,8 +2242,7 @@ class Decoder:
         # Cards before capability 8.0, of one stage, and CPUs do not guess.
         room = (64 if self.dtype.itemsize == 2 else 32) * (self.stages > 1)
         self.most = max(1, min(self.most, room // (self.heads // self.kv)))
-        with torch.inference_mode(False), torch.no_grad():  # a weight that is an inference tensor could not train
-            self.layers = [self._fuse(layer) for layer in self.backbone.layers]
+        self.layers = [self._fuse(layer) for layer in self.backbone.layers]
         self.linears = [part for layer in self.layers for part in (layer.qkv, layer.o, layer.gate_up, layer.down)]
 
     def _set_up(self, policy: Policy) -> None:
@@ -2270,7 +2270,6 @@ class Decoder:
         self.graphs, self.held = {}, [1, 1, 1]
         self.pool = self.cache = self.kept = self.cos = self.static = None
 
-    @torch.inference_mode(False)
     @torch.no_grad()
     def generate(self, prompts: Rows, max_new_tokens: int, temperature: float, seed: int, first_row: int = 0) -> Made:
         """As `sample`, for rows that fit in memory."""
@@ -2580,10 +2579,9 @@ class GraphSampler(Decoder):
         self._set_up(policy)
         modules = [*self.base.modules()]
         norms = [m for m in modules if type(m).__name__.endswith("RMSNorm") and getattr(m, "weight", None) is not None]
-        with torch.inference_mode(False), torch.no_grad():  # as in Decoder
-            self.linears = [FusedLinear([module], self.dtype) for module in modules if hasattr(module, "lora_A")]
-            # (owner, attribute, what stands there during a rollout)
-            self.replaced = [(norm, "forward", self._one_kernel_norm(norm)) for norm in norms]
+        self.linears = [FusedLinear([module], self.dtype) for module in modules if hasattr(module, "lora_A")]
+        # (owner, attribute, what stands there during a rollout)
+        self.replaced = [(norm, "forward", self._one_kernel_norm(norm)) for norm in norms]
         self.replaced += [(linear.modules[0], "forward", linear.forward) for linear in self.linears]
         places, rule = {sys.modules[type(module).__module__] for module in modules}, "torch_recurrent_gated_delta_rule"
         places = [place for place in places if self.kernels and hasattr(place, rule)]
