@@ -2331,7 +2331,7 @@ class Decoder:
 
     def _tables(self, slots: int) -> tuple[torch.Tensor, ...]:
         """Cosines and sines of the positions, both [slots, head_dim / 2]."""
-        rotary = getattr(self.backbone, "rotary_emb", None) or self.backbone.layers[0].self_attn.rotary_emb
+        rotary = self.backbone.rotary_emb
         if hasattr(rotary, "get_cached"):  # Unsloth's
             rotary.extend_rope_embedding(self.anchor, slots)
             table = rotary.get_cached(slots, self.device.index)
