@@ -1770,7 +1770,6 @@ def check_exact(sampler: Any, policy: Policy) -> Any:
         exact = policy.model.get_input_embeddings().weight.dtype == torch.float32
         if not off < (1e-3 if exact else 0.2):
             raise ValueError(f"{sampler.name} is {off:.2g} nats off the plain forward")
-    sampler.release()
     return sampler
 
 
@@ -1832,7 +1831,6 @@ class Generate:
 
     policy: Policy
     name = "model.generate"
-    release = nullcontext  # nothing is kept from one turn to the next
 
     def generate(self, prompts: Rows, max_new_tokens: int, temperature: float, seed: int, first_row: int = 0) -> Made:
         """As `sample`, for rows that fit in memory."""
