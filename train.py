@@ -1747,14 +1747,12 @@ def make_sampler(policy: Policy, fast: bool, model_name: str) -> Any:
     for kind in (Decoder, GraphSampler, Generate) if fast else (Generate,):
         try:
             sampler = check_exact(kind(policy), policy)
-            break
+            log(f"Rollouts of {model_name} use {sampler.name}" + (f" ({'; '.join(reasons)})." if reasons else "."))
+            return sampler
         except Exception as error:  # also whatever a model's own code raises where a graph is captured
             fault = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             reasons.append(fault.split("\n")[0])
-    else:
-        raise UserError(f"model.name: {model_name} cannot be sampled: {reasons[-1]}")
-    log(f"Rollouts of {model_name} use {sampler.name}" + (f" ({'; '.join(reasons)})." if reasons else "."))
-    return sampler
+    raise UserError(f"model.name: {model_name} cannot be sampled: {reasons[-1]}")
 
 
 def check_exact(sampler: Any, policy: Policy) -> Any:
