@@ -1043,12 +1043,11 @@ def share_where_exact(policy: Policy, share: str) -> None:
         whole, policy.share = completion_log_probs(policy, rows, 1.0), share
         try:
             off = (completion_log_probs(policy, rows, 1.0) - whole).abs().mean().item()
-            fault = "" if off < 0.1 else f"log-probs would be {off:.2g} nats off"
-        except Exception as error:  # whatever a version of Unsloth without the argument raises
-            fault = first_line(error)
-    if fault:
-        policy.share = ""
-        log(f"Rows do not share their prompts in the update: {fault}.")
+            if not off < 0.1:
+                raise ValueError(f"log-probs would be {off:.2g} nats off")
+        except Exception as error:  # also whatever a version of Unsloth without the argument raises
+            policy.share = ""
+            log(f"Rows do not share their prompts in the update: {first_line(error)}.")
 
 
 @contextmanager
