@@ -1756,16 +1756,15 @@ def make_sampler(policy: Policy, fast: bool, model_name: str) -> Any:
 
 def check_exact(sampler: Any, policy: Policy) -> Any:
     """The sampler, if its greedy tokens and log-probs of two short rows are the plain forward's. Raises ValueError."""
-    vocabulary = policy.model.get_input_embeddings().weight.shape[0]
-    prompts = [[number % vocabulary for number in range(5, end)] for end in (9, 16)]
+    weight = policy.model.get_input_embeddings().weight
+    prompts = [[number % len(weight) for number in range(5, end)] for end in (9, 16)]
     for prompt, row, logps in zip(prompts, *sampler.generate(prompts, 4, 0.0, 0), strict=True):
         with generating(policy):
             logits = policy.model(input_ids=torch.tensor([prompt + row], device=DEVICE)).logits
         plain = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1).cpu()
         chosen = plain.gather(1, torch.tensor(row)[:, None])[:, 0]
         off = ((chosen - torch.tensor(logps)).abs() + plain.amax(-1) - chosen).mean().item()
-        exact = policy.model.get_input_embeddings().weight.dtype == torch.float32
-        if not off < (1e-3 if exact else 0.2):
+        if not off < (1e-3 if weight.dtype == torch.float32 else 0.2):
             raise ValueError(f"{sampler.name} is {off:.2g} nats off the plain forward")
     return sampler
 
