@@ -993,7 +993,7 @@ def _checked(name: str, texts: list[str], run: Callable[[slice], list]) -> list[
         rewards = run(slice(None))
     except RewardError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if len(texts) > 1:
             for row in range(len(texts)):
                 _checked(name, texts[row : row + 1], lambda _, row=row: run(slice(row, row + 1)))
@@ -1002,7 +1002,7 @@ def _checked(name: str, texts: list[str], run: Callable[[slice], list]) -> list[
         what = f"returned {len(rewards)} rewards for {len(texts)} predictions, the first of them"
         raise _blame("reward function", name, what, texts[:1])
     for text, reward in zip(texts, rewards, strict=True):
-        finite = isinstance(reward, Real) and abs(reward) < 1e300  # nan is not smaller either
+        finite = isinstance(reward, Real) and abs(reward) < 1e38  # nan is not smaller either
         if not finite and not (reward is None and name not in REWARD_FNS):
             raise _blame("reward function", name, f"returned {_short(reward)} for", text)
     return [None if reward is None else float(reward) for reward in rewards]
@@ -1023,7 +1023,7 @@ def load_reward_module(file: str) -> Any:
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises
+    except (Exception, SystemExit) as error:  # whatever the user's file raises
         del sys.modules[name]
         raise ValueError(f"cannot be run: {_short(error, 200)}") from None
     return module

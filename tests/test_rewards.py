@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -585,16 +586,9 @@ def test_the_parts_of_the_split_sum_up(pairs):
 
 def test_outcomes_and_a_split_by_hand():
     assert [R.outcome(True, "5"), R.outcome(False, "5"), R.outcome(False, "")] == ["correct", "wrong", "unanswered"]
-
-    def turn(answer, correct=False):
-        return SimpleNamespace(answer=answer, correct=correct)
-
-    pairs = [
-        (turn("1"), turn("1.0")),
-        (turn("1"), turn("2")),
-        (turn("1"), turn("3", True)),
-        (turn(""), turn("3", True)),
-    ]
+    answers = [("1", "1.0", False), ("1", "2", False), ("1", "3", True), ("", "3", True)]
+    turn = partial(SimpleNamespace, correct=False)
+    pairs = [(turn(answer=first), turn(answer=second, correct=right)) for first, second, right in answers]
     split = R.correction_split(pairs, answers_match)
     assert split["wrong_answered"] == 0.75 and split["unanswered_to_correct"] == 0.25
     assert split["wrong_mended"] == split["wrong_repeated"] == pytest.approx(1 / 3)
@@ -675,9 +669,9 @@ BAD_REWARDS = [None, [1.0], [1.0] * 3, [math.nan, 1.0], [-math.inf, 1], [10**400
 BAD_REWARDS += [["1", 1.0], [None, 1.0], [1j, 1]]
 
 
-@pytest.mark.parametrize("rewards", [*BAD_REWARDS, "raise"])
+@pytest.mark.parametrize("rewards", [*BAD_REWARDS, "1 / 0", "exit()"])
 def test_a_bad_reward_function_is_named_with_the_prediction(scratch_registry, rewards):
-    R.register_reward("mine")(lambda p, t, extract: [1 / 0] if rewards == "raise" else rewards)
+    R.register_reward("mine")(lambda p, t, extract: eval(rewards) if isinstance(rewards, str) else rewards)
     with pytest.raises(RewardError) as caught:
         pay("mine", ["a line\n" * 100, "7"], ["7", "7"], IDENTITY)
     message = str(caught.value)
