@@ -90,6 +90,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--push-to-hub", metavar="USER/NAME", help="also push the dataset to the hub")
     args = parser.parse_args(argv)
+    if (args.out / "dataset_dict.json").exists():
+        parser.error(f"--out {args.out}: holds a data set; give another folder, or delete that one")
     for flag in ("digits", "n_train", "n_eval", "pool"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')}: must be at least 1")

@@ -686,7 +686,12 @@ def ask(train: Any, args: argparse.Namespace) -> None:
     print(f"{config.model.name} with {saved[-1]}", flush=True)
     with suppress(EOFError, KeyboardInterrupt):
         for question in args.question or iter(lambda: input("\nQuestion (an empty line ends): ").strip(), ""):
-            answer(train, policy, config, question)
+            try:
+                answer(train, policy, config, question)
+            except train.UserError as error:
+                if args.question:
+                    raise
+                print(error, flush=True)  # the next may be shorter
 
 
 def answer(train: Any, policy: Any, config: Any, question: str) -> None:
@@ -707,7 +712,10 @@ def measure(train: Any, args: argparse.Namespace) -> None:
     config = train.read_config(args.config, args.set)
     if args.adapter:
         train.check_adapter(args.adapter, config)
-    tokenizer, settings = train.load_tokenizer(config), config.train
+    settings = config.train
+    if args.n and args.n < settings.oversample:
+        raise train.UserError(f"--n {args.n}: train.oversample needs {settings.oversample} or more")
+    tokenizer = train.load_tokenizer(config)
     pool, _, test = train.load_examples(config, tokenizer)
     policy = train.load_policy(config, tokenizer, args.adapter)
     print(f"{config.model.name}, {f'adapter {args.adapter}' if args.adapter else 'no adapter'}, on {train.DEVICE.type}")

@@ -141,7 +141,7 @@ def test_samples_and_questions_show_the_runs_attempts(finished, capsys, monkeypa
     assert profile_run.main(["--samples", str(finished.folder)]) == 0
     head, *lines = capsys.readouterr().out.split("\n===")[0].strip().splitlines()
     assert "stage2: 6 rows" in head and sum(int(line.split()[0]) for line in lines) == 6
-    row, typed = finished.rows[0], iter(["1+1=?", ""])
+    row, typed = finished.rows[0], iter(["too long" * 99, "1+1=?", ""])
     assert profile_run.main(["--ask", str(finished.folder), row["question"]]) == 0
     text, shown = capsys.readouterr().out, [row[f"text_attempt{n}"].strip() for n in (1, 2)]
     assert all(part in text for part in shown) and f"1 ({row['tokens_attempt1']} tokens" in text
@@ -151,7 +151,8 @@ def test_samples_and_questions_show_the_runs_attempts(finished, capsys, monkeypa
 
 @pytest.mark.parametrize("flags", [
     "--samples nowhere", "--ask nowhere ?", "--config no.yaml", "--samples {0} --checkpoint x", "--ask {0} " + "?" * 99,
-    "--ask {0} ? --set model.lora.r=3", "--config {0}/config.yaml --adapter {0}"])  # fmt: skip
+    "--ask {0} ? --set model.lora.r=3", "--config {0}/config.yaml --adapter {0}",
+    "--config {0}/config.yaml --n 2 --set train.num_generations=2 train.oversample=3"])  # fmt: skip
 def test_bad_input_is_a_line_and_exit_code_2(finished, capsys, flags):
     assert profile_run.main(flags.format(finished.folder).split()) == 2 and capsys.readouterr().err.count("\n") == 1
 
@@ -168,6 +169,7 @@ def test_hard_arithmetic_is_what_greedy_first_attempts_get_wrong(tmp_path, monke
     assert build_hard_arithmetic.main([*TINY, *trl, "--n-train", "26"]) == 0
     first = [first for first, _ in train.roll_out(policy, examples, config, 0.0, "x")]
     wrong = [problem for problem, turn in zip(problems, first, strict=True) if not turn.correct]
+    assert pytest.raises(SystemExit, build_hard_arithmetic.main, [*TINY, *trl]).value.code == 2  # what is there stays
     made = train.datasets.load_from_disk(str(tmp_path / "hard"))
     rows = [[(row["question"], row["answer"]) for row in made[split]] for split in ("train", "test")]
     assert rows == [wrong[:26], wrong[26:28]] and wrong[:28] != problems[:28]
