@@ -153,7 +153,7 @@ class TrainConfig(Section):
     stage2_epochs: Real = key(1, "the same for Stage II", ge=0)
     stage1_steps: int | None = key(None, "optimizer steps of Stage I; null: from stage1_epochs", ge=0)
     stage2_steps: int | None = key(None, "the same for Stage II", ge=0)
-    learning_rate: Real = key(1e-5, "AdamW's, without weight decay", gt=0)
+    learning_rate: Real = key(1e-5, "AdamW's, without weight decay", gt=0, le=1e6)
     warmup_steps: int = key(0, "steps of linear warm-up at the start of each stage", ge=0)
     lr_decay: Real = key(0.0, "share of a stage, its last, over which the rate falls linearly towards 0", ge=0, le=1)
     alpha: Real = key(10.0, "Stage II: attempt 2 earns r2 + alpha (r2 - r1): progress pays, a copy does not", ge=0)
@@ -274,8 +274,8 @@ class UniqueKeys(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         names = [name.value for name, _ in node.value if name.value != "<<"]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise yaml.MarkedYAMLError(problem=f"the key {twice} stands twice", problem_mark=node.start_mark)
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.MarkedYAMLError(problem=f"the key {twice[0]} stands twice", problem_mark=node.start_mark)
         return node
 
 
@@ -352,11 +352,13 @@ def check_adapter(folder: Path, config: Config) -> None:
     try:
         saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         base, r, alpha = str(saved["base_model_name_or_path"]), saved["r"], saved["lora_alpha"]
+        modules, ours = sorted(saved.get("target_modules") or []), sorted(set(lora.target_modules))
     except (OSError, ValueError, TypeError, KeyError):
         raise UserError(f"{place}: no sound adapter there; give one such as outputs/NAME/stage1") from None
-    modules, ours = sorted(saved.get("target_modules") or []), sorted(set(lora.target_modules))
     names_differ = modules != ours and not any(part == "all-linear" or "." in part for part in ours)  # or weights tell
     kinds = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if saved.get(name)]
+    changed_base = str(saved.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq"))
+    kinds += ["init_lora_weights"] * changed_base
     refuse(
         (os.path.realpath(base) != os.path.realpath(name), f"{place}: trained on another model.name, {base}"),
         (r != lora.r, f"{place}: trained with model.lora.r {r}, and here it is {lora.r}"),
@@ -367,6 +369,8 @@ def check_adapter(folder: Path, config: Config) -> None:
 
 
 if __name__ == "__main__":  # here, so that a mistyped key costs a second, not the minute that the imports may take
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main`, Ctrl-C ends the process without a traceback
     try:
         ARGS, CONFIG = parse_command_line()
     except UserError as error:
@@ -580,10 +584,12 @@ def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
     Attempt 2's prompt is attempt 1's + attempt 1 verbatim + bridge. Rendered as a whole, attempt 1 would lose its
     reasoning (Qwen3's template cuts it out of history) and be tokenised anew. Fills in the budgets that the config
     leaves open. Raises UserError."""
-    attempt1, correction, train = "FIRSTATTEMPTSTANDSHERE", config.prompts.self_correction, config.train
-    _, _, tail = chat_text(tokenizer, config, "?", attempt1, correction).partition(attempt1)
-    if not tail or attempt1 in tail or correction.strip() not in tail:
-        raise UserError("model.chat_template: must render attempt 1 once, and prompts.self_correction after it")
+    problem, attempt1 = "PROBLEMSTANDSHERE", "FIRSTATTEMPTSTANDSHERE"
+    correction, train = config.prompts.self_correction, config.train
+    head, _, tail = chat_text(tokenizer, config, problem, attempt1, correction).partition(attempt1)
+    if problem not in head or not tail or attempt1 in tail or correction.strip() not in tail:
+        what = "the problem, then attempt 1 once, and prompts.self_correction after it"
+        raise UserError(f"model.chat_template: must render {what}")
     bridge = tokenizer(tail, add_special_tokens=False)["input_ids"]
     need = train.max_prompt_length_attempt1 + train.max_new_tokens_attempt1 + len(bridge)
     train.max_prompt_length_attempt2 = given = train.max_prompt_length_attempt2 or need
@@ -1004,7 +1010,7 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
         weights = load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: cannot be read: {first_line(error)}; give another adapter or checkpoint") from None
-    if not all(torch.isfinite(weight).all() for weight in weights.values()):
+    if not all(weight.float().isfinite().all() for weight in weights.values()):
         raise UserError(f"{file}: holds NaN or infinity; give another adapter or checkpoint")
     return weights
 
@@ -1510,7 +1516,7 @@ OPTIMIZER, RENDERED = "optimizer.safetensors", "rendered prompts.self_correction
 def claim_folder(args: Namespace, config: Config) -> Iterator[Path]:
     """Chooses the run's folder and holds it while the run goes on: one folder, one run. Raises UserError."""
     name, smoke = config.run_name, "-smoke" * bool(args.smoke)
-    if args.start_stage == 2 and Path(config.output.dir, name + smoke, "config.yaml").exists():
+    if args.start_stage == 2 and os.path.exists(f"{config.output.dir}/{name}{smoke}/config.yaml"):
         log(f"{name}{smoke} holds a run, so this Stage II is a run of its own, {name}-stage2{smoke}.")
         name += "-stage2"
         args.set.append(f"run_name={name}")  # as `resume_command` prints it
@@ -1544,13 +1550,15 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         return {name: state[name] for name in ("stage", "step", "finished", "logs", "marks", "seconds")} | state
     except (ValueError, TypeError, KeyError):
-        raise UserError(f"{folder}/state.json: is damaged; delete it to go on from the checkpoint before it") from None
+        raise UserError(f"{folder}/state.json: is damaged; delete it to go on from the end of a stage") from None
 
 
 def find_start(args: Namespace, config: Config, folder: Path, marks: dict[str, str]) -> Path | None:
     """The checkpoint to go on from, None for a new run. Changes nothing. Refuses what would mix or lose runs."""
     if args.resume:
         return newest_checkpoint(folder, config, marks)
+    if (folder / "dataset_info.json").exists():  # save_to_disk's, which has a state.json of its own
+        raise UserError(f"output.dir: {folder} holds a data set; set another run_name")
     there = [name for name in RUN_FILES if name != "state.json" and (folder / name).exists()]
     if there and args.smoke and ".smoke" not in there:
         raise UserError(f"--smoke: {folder} holds a run that is no smoke run; set another run_name")
@@ -1561,7 +1569,8 @@ def find_start(args: Namespace, config: Config, folder: Path, marks: dict[str, s
         raise UserError(f"output.dir: {folder} holds {', '.join(there)}; set another run_name or --overwrite{resume}")
     read = [config.model.name, config.dataset.name, config.reward.module, config.model.chat_template]
     for path in filter(None, [*read, args.config, args.resume_adapter]):
-        if any(Path(path).expanduser().resolve().is_relative_to((folder / name).resolve()) for name in there):
+        place = Path(os.path.expanduser(path)).resolve()
+        if any(place.is_relative_to((folder / name).resolve()) for name in there):
             raise UserError(f"output.dir: {folder} would lose {path}, which this run reads; set another run_name")
     return None
 
@@ -1653,6 +1662,7 @@ class Run:
 
     def write_state(self) -> None:
         """state.json, without which the checkpoint is none. What the logs hold past the sizes in it did not happen."""
+        wait_for_disk(map(self.folder.joinpath, LOGS))
         sizes = {name: (self.folder / name).stat().st_size for name in LOGS if (self.folder / name).exists()}
         self.state |= {"logs": sizes, "wandb_id": self.wandb.id, "seconds": time.time() - self.started}
         reports.write_atomically(self.checkpoint / "state.json", json.dumps(self.state, indent=1))
@@ -1666,7 +1676,7 @@ def open_run(args: Namespace, config: Config, folder: Path, start: Path | None, 
     folder.mkdir(exist_ok=True)
     halves = [place for place in folder.glob("stage*/step_*/") if not (place / "state.json").exists()]  # after a kill
     for path in halves if start else map(folder.joinpath, RUN_FILES):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     for file in filter(Path.exists, map(folder.joinpath, LOGS)):
         os.truncate(file, state["logs"].get(file.name, 0))
     if args.smoke:
@@ -1694,7 +1704,12 @@ def save_checkpoint(policy: Policy, folder: Path, optimizer: Optimizer | None) -
         pairs = [(name, optimizer.state[parameter]) for name, parameter in policy.trainable.items()]
         moments = {f"{name}/{part}": value.contiguous() for name, parts in pairs for part, value in parts.items()}
         save_file(moments, folder / OPTIMIZER)
-    for file in filter(Path.is_file, folder.rglob("*")):
+    wait_for_disk(folder.rglob("*"))
+
+
+def wait_for_disk(files: Iterator[Path]) -> None:
+    """Returns when the disk has all that was written to these files: a power cut takes nothing of it."""
+    for file in filter(Path.is_file, files):
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
 
@@ -2663,8 +2678,9 @@ def main(args: Namespace, config: Config) -> int:
     except Exception as error:  # safetensors and tokenizers have classes of their own for the system's errors
         if not isinstance(error, OSError) and "os error" not in str(error):
             raise
-        place = getattr(error, "filename", None) or f"{config.output.dir}/{config.run_name}"
-        code, line = 1, f"{place}: {first_line(error)}; mend that and go on with: {resume_command(args)}"
+        folder = Path(config.output.dir, config.run_name)
+        go_on = f" and go on with: {resume_command(args)}" * os.path.exists(folder / "config.yaml")
+        code, line = 1, f"{getattr(error, 'filename', None) or folder}: {first_line(error)}; mend that{go_on}"
     with suppress(OSError):  # the terminal may have gone
         print(line, file=sys.stderr, flush=True)
     return code

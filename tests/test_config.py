@@ -134,7 +134,7 @@ def test_check_config_takes_keys_that_go_together(make_config: Callable[..., Any
 
 def test_check_config_module_brings_names(raw_config: dict, tmp_path: Path) -> None:
     names = {"reward.fn": "close", "reward.match": "near", "reward.answer_extractor": "x"}
-    code = ("raise KeyError('x')", "limit = (", "close = 3", "import train\n@train.rewards.register_match\ndef a(): 0")
+    code = ("raise SystemExit", "limit = (", "close = 3", "import train\n@train.rewards.register_match\ndef a(): 0")
     for number, wrong in enumerate((["reward.module"], ["reward.module"], sorted(names), ["reward.module"])):
         (tmp_path / f"{number}.py").write_text(code[number])  # where the file cannot be run its names are not judged
         changes = names | {"reward.module": str(tmp_path / f"{number}.py")}
@@ -303,7 +303,7 @@ BAD_ADAPTERS = [  # (what its adapter_config.json says, the word that the line m
     ({"base_model_name_or_path": "other"}, "model.name"), ({"r": 8}, "model.lora.r"), ({"use_dora": True}, "use_dora"),
     ({"lora_alpha": 16}, "model.lora.alpha"), ({"target_modules": ["q_proj"]}, "model.lora.target_modules"),
     ({"target_modules": None}, "model.lora.target_modules"), ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-    ({"use_rslora": True}, "use_rslora"),
+    ({"use_rslora": True}, "use_rslora"), ({"init_lora_weights": "pissa"}, "init"), ({"target_modules": 3}, "sound"),
 ]  # fmt: skip
 
 

@@ -295,18 +295,15 @@ def test_chat_text_is_the_templates_own(make_config: Any, change: str, shown: st
 
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
 IGNORES_SYSTEM = PLAIN_TEMPLATE.replace("in messages", "in messages if message.role != 'system'")
-NO_HISTORY, ONE_TURN = (PLAIN_TEMPLATE.replace("in messages", f"in messages[{part}]") for part in ("-1:", ":2"))
-FIXED = ("tokenize", "add_generation_prompt")
+NO_HISTORY, ONE_TURN, NO_PROBLEM = (PLAIN_TEMPLATE.replace("messages", f"messages[{p}]") for p in ("-1:", ":2", "1:"))
+BROKEN, FIXED = ("{% for %}", "{{ messages.a.b }}"), ("tokenize", "add_generation_prompt")
+NO_TEMPLATES = ("nowhere.jinja", "~nobody/x.jinja", "{today}.jinja", "user says " * 400)
 BAD_TEMPLATES = [  # (template, more changes, the key that the line must name)
     (NO_SYSTEM + PLAIN_TEMPLATE, {"prompts.system": "Add."}, "prompts.system"),
     (IGNORES_SYSTEM, {"prompts.system": "Add."}, "prompts.system"),
     (NO_HISTORY, {"prompts.examples": [{"input": "1+1=?", "output": "2"}]}, "prompts.examples"),
-    *((template, {}, "model.chat_template") for template in (NO_HISTORY, ONE_TURN, "{% for %}", "{{ messages.a.b }}")),
+    *((text, {}, "model.chat_template") for text in (NO_HISTORY, ONE_TURN, NO_PROBLEM, *BROKEN, *NO_TEMPLATES)),
     *((PLAIN_TEMPLATE, {"model.chat_template_kwargs": {name: False}}, "model.chat_template") for name in FIXED),
-    *(
-        (text, {}, "model.chat_template")
-        for text in ("nowhere.jinja", "~nobody/x.jinja", "{today}.jinja", "user says " * 400)
-    ),
 ]
 
 

@@ -440,7 +440,10 @@ def test_second_start_changes_nothing_and_overwrite_leaves_nothing_old(short_run
     bad = run(short_run(tmp_path, "dataset.input_field=qestion", "--overwrite"), tmp_path)
     assert_refused(bad, "dataset.input_field")
     assert contents(finished) == before
+    (finished / "stage1").rename(tmp_path / "elsewhere").joinpath("mine").touch()
+    (finished / "stage1").symlink_to(tmp_path / "elsewhere")
     kill(short_run(tmp_path, "train.beta1=0.5", "--overwrite"), tmp_path, (1, 1))
+    assert (tmp_path / "elsewhere" / "mine").exists()
     assert train.checkpoints(finished) == [finished], "a resume must not find the old run's"
     assert {"notes.txt", "data/train.jsonl", ".own.tmp"} <= contents(finished).keys()
     finish(short_run(tmp_path, "--overwrite"), tmp_path)
@@ -448,18 +451,22 @@ def test_second_start_changes_nothing_and_overwrite_leaves_nothing_old(short_run
     assert_same_ending(finished, whole, "over another run")
 
 
-@pytest.mark.parametrize(
-    "key", ["model.name", "dataset.name", "reward.module", "model.chat_template", "resume_adapter", "config", "a link"]
-)
+READ = ["model.name", "dataset.name", "reward.module", "model.chat_template", "resume_adapter", "config", "link", "set"]
+
+
+@pytest.mark.parametrize("key", READ)
 def test_overwrite_never_deletes_what_the_config_reads(make_config, tmp_path, monkeypatch, key):
     config = make_config({"model.chat_template": "\n".join([PLAIN_TEMPLATE] * 99)})  # no path
     folder, args = Path(config.output.dir, config.run_name), flags(overwrite=True)
     place = folder / "merged" / "deep"
     place.mkdir(parents=True)
     assert train.find_start(args, config, folder, {}) is None
-    if key == "a link":
+    if key == "link":
         (tmp_path / "link").symlink_to(folder / "merged")
         place, key = tmp_path / "link" / "deep", "dataset.name"
+    elif key == "set":  # save_to_disk's, with a state.json of its own
+        (folder / "dataset_info.json").touch()
+        place, key = folder, "dataset.name"
     elif key == "model.chat_template":
         monkeypatch.setenv("HOME", str(folder))
         place = "~/merged/deep"
