@@ -93,25 +93,25 @@ def main(argv: list[str] | None = None) -> int:
     if (args.out / "dataset_dict.json").exists():
         parser.error(f"--out {args.out}: holds a data set; give another folder, or delete that one")
     for flag in ("digits", "n_train", "n_eval", "pool"):
-        if getattr(args, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')}: must be at least 1")
+        if getattr(args, flag) < 1 or args.digits > 2000:  # Python writes numbers of up to 4,300 digits
+            parser.error(f"--{flag.replace('_', '-')}: must be at least 1, and --digits at most 2000")
 
     import train
 
     try:
         args.out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written costs no decoding
         failures, model = build(train, args)
+        rows = [{"question": example.question, "answer": example.target} for example in failures]
+        splits = {"train": rows[: args.n_train], "test": rows[args.n_train :]}
+        made = {name: train.datasets.Dataset.from_list(part) for name, part in splits.items()}
+        dataset = train.datasets.DatasetDict(made)
+        dataset.save_to_disk(args.out)
     except OSError as error:
-        print(f"--out {args.out}: cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"--out {args.out}: cannot be written: {train.first_line(error)}", file=sys.stderr)
         return 2
     except (train.UserError, train.RewardError) as error:
         print(error, file=sys.stderr)
         return 2
-    rows = [{"question": example.question, "answer": example.target} for example in failures]
-    splits = {"train": rows[: args.n_train], "test": rows[args.n_train :]}
-    made = {name: train.datasets.Dataset.from_list(part) for name, part in splits.items()}
-    dataset = train.datasets.DatasetDict(made)
-    dataset.save_to_disk(args.out)
     print(f"{args.out}: {args.n_train} train and {args.n_eval} test problems that {model} fails greedily")
     if args.push_to_hub:
         dataset.push_to_hub(args.push_to_hub)

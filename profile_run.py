@@ -632,15 +632,17 @@ def vote(train: Any, policy: Any, examples: list[Any], config: Any, most: int) -
 
 def show_samples(folder: Path, wanted: str | None) -> None:
     """Prints the evaluated pairs of a run by kind: how many of each, then three side by side with a word diff."""
-    if not (folder / "config.yaml").exists():
-        raise ValueError(f"--samples {folder}: holds no run")
-    reward = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["reward"]
-    if reward["module"]:
-        load_reward_module(reward["module"])
     evaluated: dict[str, list[dict[str, Any]]] = {}
-    lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    for row in [row for row in map(json.loads, lines) if row["event"] == "eval"]:
-        evaluated.setdefault(evaluation_name(row), []).append(row)
+    try:
+        reward = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["reward"]
+        lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        for row in [row for row in map(json.loads, lines) if row["event"] == "eval"]:
+            evaluated.setdefault(evaluation_name(row), []).append(row)
+        if reward["module"]:
+            load_reward_module(reward["module"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"--samples {folder}: holds no run that can be read ({reason})") from None
     name, kinds = wanted or next(reversed(evaluated), None), {}
     if name not in evaluated:
         raise ValueError(f"--checkpoint {name}: not evaluated; evaluated are: {', '.join(evaluated) or 'none'}")

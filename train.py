@@ -149,10 +149,10 @@ class TrainConfig(Section):
     stage1_batch_size: int = key(64, "problems an optimizer step in Stage I", ge=1)
     stage2_batch_size: int = key(64, "problems an optimizer step in Stage II", ge=1)
     micro_batch_size: int = key(8, "size of the update's passes, in full-length rows: memory, not results", ge=1)
-    stage1_epochs: Real = key(1, "passes over the train rows in Stage I; may be a fraction; 0 skips the stage", ge=0)
-    stage2_epochs: Real = key(1, "the same for Stage II", ge=0)
-    stage1_steps: int | None = key(None, "optimizer steps of Stage I; null: from stage1_epochs", ge=0)
-    stage2_steps: int | None = key(None, "the same for Stage II", ge=0)
+    stage1_epochs: Real = key(1, "passes over the train rows in Stage I, or a part of one; 0: none", ge=0, le=10**4)
+    stage2_epochs: Real = key(1, "the same for Stage II", ge=0, le=10**4)
+    stage1_steps: int | None = key(None, "optimizer steps of Stage I; null: from stage1_epochs", ge=0, le=10**6)
+    stage2_steps: int | None = key(None, "the same for Stage II", ge=0, le=10**6)
     learning_rate: Real = key(1e-5, "AdamW's, without weight decay", gt=0, le=1e6)
     warmup_steps: int = key(0, "steps of linear warm-up at the start of each stage", ge=0)
     lr_decay: Real = key(0.0, "share of a stage, its last, over which the rate falls linearly towards 0", ge=0, le=1)
@@ -727,7 +727,8 @@ def fingerprints(data: Splits, bridge: list[int], config: Config) -> dict[str, s
         "number format of model.dtype": number_format(config),
         "train.py": Path(__file__).read_text("latin-1"),
     }
-    texts = {name: json.dumps(thing, default=str).encode() for name, thing in marked.items()}
+    text = partial(json.dumps, default=lambda thing: re.sub(" at 0x\\w+", "", str(thing)))  # an image's place in memory
+    texts = {name: text(thing).encode() for name, thing in marked.items()}
     return {name: hashlib.sha256(text).hexdigest()[:16] for name, text in texts.items()}
 
 
