@@ -638,11 +638,14 @@ def show_samples(folder: Path, wanted: str | None) -> None:
         lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
         for row in [row for row in map(json.loads, lines) if row["event"] == "eval"]:
             evaluated.setdefault(evaluation_name(row), []).append(row)
-        if reward["module"]:
-            load_reward_module(reward["module"])
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"--samples {folder}: holds no run that can be read ({reason})") from None
+    try:
+        if reward["module"]:
+            load_reward_module(reward["module"])
+    except ValueError as error:
+        raise ValueError(f"reward.module: {reward['module']} {error}") from None
     name, kinds = wanted or next(reversed(evaluated), None), {}
     if name not in evaluated:
         raise ValueError(f"--checkpoint {name}: not evaluated; evaluated are: {', '.join(evaluated) or 'none'}")
@@ -715,7 +718,7 @@ def measure(train: Any, args: argparse.Namespace) -> None:
     if args.adapter:
         train.check_adapter(args.adapter, config)
     settings = config.train
-    if args.n and args.n < settings.oversample:
+    if args.n and args.n < settings.oversample and not (args.votes or args.decode or args.lengths_only):
         raise train.UserError(f"--n {args.n}: train.oversample needs {settings.oversample} or more")
     tokenizer = train.load_tokenizer(config)
     pool, _, test = train.load_examples(config, tokenizer)

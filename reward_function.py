@@ -775,7 +775,7 @@ def _call(kind: str, name: str, fn: Callable, *texts: str) -> Any:
         return fn(*texts)
     except RewardError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _blame(kind, name, f"raised {_short(error)} on", texts[0] if len(texts) == 1 else texts) from error
 
 

@@ -357,7 +357,7 @@ def check_adapter(folder: Path, config: Config) -> None:
         raise UserError(f"{place}: no sound adapter there; give one such as outputs/NAME/stage1") from None
     names_differ = modules != ours and not any(part == "all-linear" or "." in part for part in ours)  # or weights tell
     kinds = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if saved.get(name)]
-    changed_base = str(saved.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq"))
+    changed_base = str(saved.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq"))
     kinds += ["init_lora_weights"] * changed_base
     refuse(
         (os.path.realpath(base) != os.path.realpath(name), f"{place}: trained on another model.name, {base}"),
@@ -587,7 +587,7 @@ def attempt2_bridge(tokenizer: Any, config: Config) -> tuple[list[int], str]:
     problem, attempt1 = "PROBLEMSTANDSHERE", "FIRSTATTEMPTSTANDSHERE"
     correction, train = config.prompts.self_correction, config.train
     head, _, tail = chat_text(tokenizer, config, problem, attempt1, correction).partition(attempt1)
-    if problem not in head or not tail or attempt1 in tail or correction.strip() not in tail:
+    if problem not in head.upper() or not tail or attempt1 in tail or correction.strip() not in tail:
         what = "the problem, then attempt 1 once, and prompts.self_correction after it"
         raise UserError(f"model.chat_template: must render {what}")
     bridge = tokenizer(tail, add_special_tokens=False)["input_ids"]
@@ -1551,7 +1551,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         return {name: state[name] for name in ("stage", "step", "finished", "logs", "marks", "seconds")} | state
     except (ValueError, TypeError, KeyError):
-        raise UserError(f"{folder}/state.json: is damaged; delete it to go on from the end of a stage") from None
+        raise UserError(f"{folder}/state.json: is damaged; put it back, or start a new run") from None
 
 
 def find_start(args: Namespace, config: Config, folder: Path, marks: dict[str, str]) -> Path | None:
@@ -1678,6 +1678,7 @@ def open_run(args: Namespace, config: Config, folder: Path, start: Path | None, 
     halves = [place for place in folder.glob("stage*/step_*/") if not (place / "state.json").exists()]  # after a kill
     for path in halves if start else map(folder.joinpath, RUN_FILES):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    args.overwrite = False  # it is done: what stands in the folder from now on is this run's
     for file in filter(Path.exists, map(folder.joinpath, LOGS)):
         os.truncate(file, state["logs"].get(file.name, 0))
     if args.smoke:
@@ -2680,7 +2681,8 @@ def main(args: Namespace, config: Config) -> int:
         if not isinstance(error, OSError) and "os error" not in str(error):
             raise
         folder = Path(config.output.dir, config.run_name)
-        go_on = f" and go on with: {resume_command(args)}" * os.path.exists(folder / "config.yaml")
+        holds = (folder / "config.yaml").is_file() and not args.overwrite
+        go_on = f" and go on with: {resume_command(args)}" * holds
         code, line = 1, f"{getattr(error, 'filename', None) or folder}: {first_line(error)}; mend that{go_on}"
     with suppress(OSError):  # the terminal may have gone
         print(line, file=sys.stderr, flush=True)

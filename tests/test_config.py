@@ -46,10 +46,10 @@ def config_file(raw_config: dict[str, Any], tmp_path: Path) -> Path:
 
 BAD_VALUES = {
     "modle": [{}], "learning_rate": [1e-5], "train.learnin_rate": [1e-5], "train.lora": [{"r": 8}],
-    "train.importance_clip": [2.0], "train.learning_rate": ["high", 0, math.nan, "nan"],
+    "train.importance_clip": [2.0], "train.learning_rate": ["high", 0, math.nan, "nan", 1e30],
     "train.alpha": [math.inf, True, "x" * 100_000], "train.beta1": [-0.1], "train.lr_decay": [1.5],
-    "train.attempt2_weight": [0], "train.micro_batch_size": ["8", 8.0, True], "train.stage1_epochs": [-1],
-    "train.stage2_steps": [1.5], "train.num_generations": [0], "train.generation_temperature": [0],
+    "train.attempt2_weight": [0], "train.micro_batch_size": ["8", 8.0, True], "train.stage1_epochs": [-1, 1e9],
+    "train.stage2_steps": [1.5, 10**9], "train.num_generations": [0], "train.generation_temperature": [0],
     "train.max_new_tokens_attempt1": [0], "train.checkpoint_every": [0], "train.seed": [-1, 2**70, "three", None],
     "train.baseline": ["batch"], "train.length_norm": ["token"], "eval.generation_temperature": [-1.0],
     "eval.max_examples": [0], "model.name": ["", 3], "model.load_in_4bit": ["yes", 1], "model.max_seq_length": [7],
@@ -141,9 +141,7 @@ def test_check_config_module_brings_names(raw_config: dict, tmp_path: Path) -> N
         assert named(refusal(train.check_config, with_keys(raw_config, changes))) == wrong
 
 
-def test_check_config_home_in_paths(
-    raw_config: dict, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_check_config_home_in_paths(raw_config: dict, config_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "own.py").touch()
     (tmp_path / "t.jinja").write_text(PLAIN_TEMPLATE)
@@ -367,9 +365,7 @@ def test_smoke_keeps_what_is_smaller_and_what_is_off(config_file: Path) -> None:
     assert [len(train.stage_batches(stage, 8, config)) for stage in (1, 2)] == [0, 2]
 
 
-def test_smoke_of_the_original_repositorys_keys(
-    tiny_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_smoke_of_the_original_keys(tiny_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """A YAML of exactly the keys that the original repository's configs have runs end to end."""
     original = f"""
       run_name: original

@@ -161,9 +161,7 @@ def test_memory_does_not_grow_as_batch_times_tokens_times_vocabulary(make_gpu_po
 
 
 @pytest.mark.parametrize("use_unsloth", [pytest.param(True, marks=needs_unsloth), False])
-def test_the_decoder_samples_from_the_policy_that_is_trained(
-    make_gpu_policy: Callable[..., Any], use_unsloth: bool
-) -> None:
+def test_the_decoder_samples_from_the_policy_that_is_trained(make_gpu_policy: Callable, use_unsloth: bool) -> None:
     import torch
 
     import train

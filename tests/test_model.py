@@ -113,9 +113,7 @@ def adapter(make_policy: Callable[..., Any], tmp_path: Path) -> Path:
     return tmp_path / "stage1"
 
 
-def test_load_adapter_gives_the_saved_policy(
-    make_policy: Callable[..., Any], adapter: Path, make_config: Callable[..., Any]
-) -> None:
+def test_load_adapter_gives_the_saved_policy(make_policy: Any, adapter: Path, make_config: Any) -> None:
     saved, _ = make_policy(adapter=adapter)
     fresh, _ = make_policy()
     perturb(fresh)
@@ -296,9 +294,7 @@ def test_a_folder_that_is_not_there_is_no_hub_id(make_config: Callable[..., Any]
         train.load_tokenizer(make_config({"model.name": name}))
 
 
-def test_code_that_comes_with_a_model_runs_only_when_asked_for(
-    tiny_dir: Path, tmp_path: Path, make_policy: Callable[..., Any]
-) -> None:
+def test_code_of_a_model_runs_only_when_asked_for(tiny_dir: Path, tmp_path: Path, make_policy: Any) -> None:
     folder = shutil.copytree(tiny_dir, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "mine", "architectures": ["Mine"]}
     config["auto_map"] = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.Mine"}

@@ -143,9 +143,7 @@ def test_the_new_task_of_the_readme_runs(tmp_path: Path) -> None:
     assert fork_run(flags, tmp_path / "log") == 0, output(tmp_path / "log")
 
 
-def test_stage_two_from_an_adapter_evaluates_the_model_before_it_too(
-    finished: SimpleNamespace, tiny_run: Callable[..., list[str]], tmp_path: Path
-) -> None:
+def test_stage_two_from_an_adapter_evaluates_the_model_before_it(finished: Any, tiny_run: Any, tmp_path: Path) -> None:
     """`pretrain` is the base model, `stage1` the adapter that was given, as in the run that made it."""
     flags = tiny_run(tmp_path, "train.stage2_steps=1", "eval.validation=4")
     flags += ["--start-stage", "2", "--resume-adapter", str(finished.folder / "stage1")]
@@ -161,9 +159,7 @@ def test_stage_two_from_an_adapter_evaluates_the_model_before_it_too(
         assert texts(tmp_path / "run", label) == texts(finished.folder, label)
 
 
-def test_resuming_a_finished_run_does_nothing_and_warns_of_another_trainer(
-    finished: SimpleNamespace, tiny_run: Callable[..., list[str]], tmp_path: Path
-) -> None:
+def test_resuming_a_finished_run_warns_of_another_trainer(finished: Any, tiny_run: Any, tmp_path: Path) -> None:
     def edited() -> None:
         train.__file__ = str(tmp_path / "train.py")
 

@@ -665,7 +665,7 @@ def test_each_prediction_is_graded_against_its_own_target(name):
     assert pay(name, [], [], GSM8K) == []
 
 
-BAD_REWARDS = [None, [1.0], [1.0] * 3, [math.nan, 1.0], [-math.inf, 1], [10**400, 1.0]]
+BAD_REWARDS = [None, [1.0], [1.0] * 3, [math.nan, 1.0], [-math.inf, 1], [10**400, 1.0], [1e39, 1]]
 BAD_REWARDS += [["1", 1.0], [None, 1.0], [1j, 1]]
 
 

@@ -778,7 +778,21 @@ def test_a_place_that_cannot_be_written_or_is_not_there_is_named(short_run, tmp_
     (tmp_path / "run").write_text("")
     done = run(short_run(tmp_path), tmp_path)
     assert (done.code, len(done.err.splitlines())) == (1, 1)
-    assert str(tmp_path / "run") in done.err
+    assert str(tmp_path / "run") in done.err and "--resume" not in done.err
+
+
+def test_a_run_that_was_to_go_is_not_what_one_goes_on_with(short_run, finished, tmp_path):
+    (tmp_path / ".run.holder").mkdir()
+    done = run(short_run(tmp_path, "--overwrite"), tmp_path)
+    assert done.code == 1 and ".run.holder" in done.err and "--resume" not in done.err
+
+
+def test_the_logs_are_on_the_disk_before_their_sizes_are(tmp_path, monkeypatch):
+    synced, log = [], tmp_path / "metrics.jsonl"
+    log.write_text("{}\n")
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+    train.Run(tmp_path, None, tmp_path, {}, SimpleNamespace(id=None), 0.0).write_state()
+    assert synced[:2] == [log.stat().st_ino, (tmp_path / "state.json").stat().st_ino]
 
 
 def test_skipped_steps_in_a_row_end_the_run_and_keep_the_checkpoint_before(short_run, tmp_path):
