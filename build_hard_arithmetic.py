@@ -93,8 +93,10 @@ def main(argv: list[str] | None = None) -> int:
     if (args.out / "dataset_dict.json").exists():
         parser.error(f"--out {args.out}: holds a data set; give another folder, or delete that one")
     for flag in ("digits", "n_train", "n_eval", "pool"):
-        if getattr(args, flag) < 1 or args.digits > 2000:  # Python writes numbers of up to 4,300 digits
-            parser.error(f"--{flag.replace('_', '-')}: must be at least 1, and --digits at most 2000")
+        if getattr(args, flag) < 1:
+            parser.error(f"--{flag.replace('_', '-')}: must be at least 1")
+    if args.digits > 2000:
+        parser.error("--digits: at most 2000, as Python writes no product of over 4,300 digits")
 
     import train
 

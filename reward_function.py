@@ -1002,7 +1002,7 @@ def _checked(name: str, texts: list[str], run: Callable[[slice], list]) -> list[
         what = f"returned {len(rewards)} rewards for {len(texts)} predictions, the first of them"
         raise _blame("reward function", name, what, texts[:1])
     for text, reward in zip(texts, rewards, strict=True):
-        finite = isinstance(reward, Real) and abs(reward) < 1e38  # nan is not smaller either
+        finite = isinstance(reward, Real) and abs(reward) < 1e38  # float32 holds it; nan is not smaller either
         if not finite and not (reward is None and name not in REWARD_FNS):
             raise _blame("reward function", name, f"returned {_short(reward)} for", text)
     return [None if reward is None else float(reward) for reward in rewards]

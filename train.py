@@ -357,8 +357,8 @@ def check_adapter(folder: Path, config: Config) -> None:
         raise UserError(f"{place}: no sound adapter there; give one such as outputs/NAME/stage1") from None
     names_differ = modules != ours and not any(part == "all-linear" or "." in part for part in ours)  # or weights tell
     kinds = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if saved.get(name)]
-    changed_base = str(saved.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq"))
-    kinds += ["init_lora_weights"] * changed_base
+    if str(saved.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq")):
+        kinds.append("init_lora_weights")  # these begin by changing the base weights
     refuse(
         (os.path.realpath(base) != os.path.realpath(name), f"{place}: trained on another model.name, {base}"),
         (r != lora.r, f"{place}: trained with model.lora.r {r}, and here it is {lora.r}"),
@@ -727,8 +727,9 @@ def fingerprints(data: Splits, bridge: list[int], config: Config) -> dict[str, s
         "number format of model.dtype": number_format(config),
         "train.py": Path(__file__).read_text("latin-1"),
     }
-    text = partial(json.dumps, default=lambda thing: re.sub(" at 0x\\w+", "", str(thing)))  # an image's place in memory
-    texts = {name: text(thing).encode() for name, thing in marked.items()}
+    # An object that is no JSON, such as an image, stands as its text, without its address: each process has another.
+    dump = partial(json.dumps, default=lambda thing: re.sub(" at 0x\\w+", "", str(thing)))
+    texts = {name: dump(thing).encode() for name, thing in marked.items()}
     return {name: hashlib.sha256(text).hexdigest()[:16] for name, text in texts.items()}
 
 
@@ -1567,7 +1568,8 @@ def find_start(args: Namespace, config: Config, folder: Path, marks: dict[str, s
         raise UserError(f"--eval-only: {folder} holds a run that trained; set another run_name")
     if there and not (args.overwrite or args.smoke or args.eval_only):
         resume = f", or go on with {resume_command(args)}" * ("config.yaml" in there)  # else a start was killed
-        raise UserError(f"output.dir: {folder} holds {', '.join(there)}; set another run_name or --overwrite{resume}")
+        what = f"{folder} holds {', '.join(there)}; set another run_name"
+        raise UserError(f"output.dir: {what}, or give --overwrite{resume}")
     read = [config.model.name, config.dataset.name, config.reward.module, config.model.chat_template]
     for path in filter(None, [*read, args.config, args.resume_adapter]):
         place = Path(os.path.expanduser(path)).resolve()
@@ -2602,9 +2604,12 @@ class GraphSampler(Decoder):
         """An RMSNorm's forward by the decoder's kernel, if its output is x / rms(x) times w, rounded before that (as w
         is) or after, or times 1 + w."""
         eps, weight = getattr(norm, "variance_epsilon", getattr(norm, "eps", 0)), norm.weight
+
+        def run(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return self._add_norm(x.contiguous(), None, None, w, eps)
+
         x = torch.linspace(-1, 3, 2 * len(weight)).view(2, -1).to(weight)
-        run, own = lambda w, x: self._add_norm(x.contiguous(), None, None, w, eps), norm(x).float()
-        weights = weight, weight.float(), 1 + weight.float()
+        own, weights = norm(x).float(), (weight, weight.float(), 1 + weight.float())
         off = [((run(w, x).float() - own).abs().max() / own.abs().max()).item() for w in weights]
         found = min(off) < (1e-5 if x.dtype == torch.float32 else 1e-2)
         return partial(run, weights[off.index(min(off))]) if found else norm.forward
@@ -2681,8 +2686,8 @@ def main(args: Namespace, config: Config) -> int:
         if not isinstance(error, OSError) and "os error" not in str(error):
             raise
         folder = Path(config.output.dir, config.run_name)
-        holds = (folder / "config.yaml").is_file() and not args.overwrite
-        go_on = f" and go on with: {resume_command(args)}" * holds
+        own_run = (folder / "config.yaml").is_file() and not args.overwrite  # else an older one, which was to go
+        go_on = f" and go on with: {resume_command(args)}" * own_run
         code, line = 1, f"{getattr(error, 'filename', None) or folder}: {first_line(error)}; mend that{go_on}"
     with suppress(OSError):  # the terminal may have gone
         print(line, file=sys.stderr, flush=True)
